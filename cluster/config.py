@@ -1,0 +1,241 @@
+"""Typed configuration: a YAML file, then dotted overrides, checked before any work starts.
+
+Each command owns one `Config` class; its fields are declared with `key`, which carries the help line, the unit and
+whether the value can change the run's results. `parse` turns command-line words into an instance or raises
+`RequestError` with one message that names the wrong key and the nearest valid one.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from cluster.errors import RequestError
+
+C = TypeVar("C", bound="Config")
+REQUIRED: Any = PydanticUndefined
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, validate_default=True)
+
+
+def key(default: Any, help: str, *, unit: str = "", affects_result: bool = True, **constraints: Any) -> Any:
+    """Declare a configuration key.
+
+    default: the value when nothing is given; `REQUIRED` when the user must say it.
+    help: one line for `--help`. unit: of the value, such as "s" or "px".
+    affects_result: False for keys that change where or how fast a run works but never what it produces; only the
+        others are compared when a run is resumed.
+    constraints: pydantic's own, such as ge, le, gt, min_length.
+    """
+    extra: dict[str, Any] = {"unit": unit, "affects_result": affects_result}
+    if isinstance(default, (list, dict, Config)):
+        return Field(default_factory=lambda: default, description=help, json_schema_extra=extra, **constraints)
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, (str, int, float)) else value
+
+
+StringList = Annotated[list[str], BeforeValidator(_one_or_many)]
+"""A list of strings that may be written as one string."""
+
+
+def nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The configuration class that a field's annotation holds, if it holds one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        for option in typing.get_args(annotation):
+            if found := nested_model(option):
+                return found
+    return None
+
+
+def walk_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every leaf key of a configuration class as (dotted name, field), in declaration order."""
+    for name, field in model.model_fields.items():
+        inner = nested_model(field.annotation)
+        if inner is None:
+            yield prefix + name, field
+        else:
+            yield from walk_keys(inner, f"{prefix}{name}.")
+
+
+def parse(model: type[C], argv: Sequence[str]) -> C:
+    """Build a configuration from `[CONFIG.yaml ...] [dotted.key=value ...]`, later words winning.
+
+    Raises RequestError for a missing or unreadable file, an unknown key (with the nearest valid one), a value of the
+    wrong type or out of range, or a required key that nobody gave.
+    """
+    values: dict[str, Any] = {}
+    for word in argv:
+        name, equals, text = word.partition("=")
+        if equals and not name.endswith((".yaml", ".yml")):
+            _assign(values, name, _parse_value(text, word))
+        elif word.startswith("-"):
+            raise RequestError(f"{word}: unknown option; settings are written key=value (see --help)")
+        else:
+            _merge(values, load_yaml(word))
+    return validate(model, values)
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML mapping; RequestError says what is wrong with the file."""
+    file = Path(path)
+    if file.suffix not in (".yaml", ".yml"):
+        raise RequestError(f"{path}: not understood; give a CONFIG.yaml or key=value settings (see --help)")
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such configuration file (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RequestError(f"{path}: not a readable YAML file: {_one_line(error)}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise RequestError(f"{path}: must hold a mapping of keys to values, holds a {type(loaded).__name__}")
+    expanded: dict[str, Any] = {}
+    for name, value in loaded.items():
+        _assign(expanded, str(name), value)
+    return expanded
+
+
+def validate(model: type[C], values: Mapping[str, Any]) -> C:
+    """Check nested plain values against a configuration class; RequestError carries every problem, a line each."""
+    problems = list(_unknown_keys(model, values))
+    if not problems:
+        try:
+            return model.model_validate(dict(values))
+        except ValidationError as error:
+            problems = [_problem(item) for item in error.errors()]
+    raise RequestError("\n".join(problems))
+
+
+def flatten(config: Config, *, only_result: bool = False) -> dict[str, Any]:
+    """A configuration as {dotted key: plain value}; with only_result, just the keys that can change results."""
+    plain = config.model_dump(mode="json")
+    flat: dict[str, Any] = {}
+    for name, field in walk_keys(type(config)):
+        if only_result and not _extra(field).get("affects_result", True):
+            continue
+        value: Any = plain
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        flat[name] = value
+    return flat
+
+
+def help_text(model: type[Config]) -> str:
+    """Every key with its default, unit and one line, for `--help`."""
+    lines = []
+    for name, field in walk_keys(model):
+        default = "(required)" if field.is_required() else _show(field.get_default(call_default_factory=True))
+        unit = str(_extra(field).get("unit", ""))
+        choices = "|".join(_choices(field.annotation))
+        note = f" [{choices}]" if choices else ""
+        lines.append(f"  {name}={default}{' ' + unit if unit else ''}\n        {field.description}{note}")
+    return "\n".join(lines)
+
+
+def _parse_value(text: str, word: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise RequestError(f"{word}: the value is not readable: {_one_line(error)}") from None
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    here = values
+    for part in parents:
+        inner = here.setdefault(part, {})
+        if not isinstance(inner, dict):
+            inner = here[part] = {}
+        here = inner
+    if isinstance(value, dict) and isinstance(here.get(last), dict):
+        _merge(here[last], value)
+    else:
+        here[last] = value
+
+
+def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            _merge(values[name], value)
+        else:
+            values[name] = value
+
+
+def _unknown_keys(root: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
+    every_key = [dotted for dotted, _ in walk_keys(root)]
+    yield from _unknown_below(root, values, "", every_key)
+
+
+def _unknown_below(
+    model: type[BaseModel], values: Mapping[str, Any], prefix: str, every_key: list[str]
+) -> Iterator[str]:
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        inner = nested_model(field.annotation) if field else None
+        if field is None:
+            siblings = [prefix + sibling for sibling in model.model_fields]
+            yield f"unknown key {prefix}{name}{_nearest(prefix + name, siblings, every_key)}"
+        elif inner is not None and isinstance(value, dict):
+            yield from _unknown_below(inner, value, f"{prefix}{name}.", every_key)
+        elif inner is not None and value is not None:
+            keys = ", ".join(f"{prefix}{name}.{child}" for child in list(inner.model_fields)[:4])
+            yield f"{prefix}{name}={_show(value)}: this is a group of keys ({keys}, ...), set one of them"
+
+
+def _nearest(wrong: str, siblings: list[str], every_key: list[str]) -> str:
+    """The most likely meant key: one spelled alike, else one with the same last part, else what is valid there."""
+    close = difflib.get_close_matches(wrong, [*siblings, *every_key], n=1, cutoff=0.6)
+    last = wrong.rpartition(".")[2]
+    by_last = {dotted.rpartition(".")[2]: dotted for dotted in reversed(every_key)}
+    close = close or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(siblings[:12])}"
+
+
+def _problem(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "request"
+    if item["type"] == "missing":
+        return f"{where}: required, and not given; add {where}=..."
+    if item["type"] == "value_error" and not item["loc"]:
+        return str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}={_show(item['input'])}: {str(item['msg']).removeprefix('Value error, ')}"
+
+
+def _choices(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is Literal:
+        return [str(choice) for choice in typing.get_args(annotation)]
+    return []
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return cast("dict[str, Any]", field.json_schema_extra or {})
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, BaseModel):
+        return str(value.model_dump(mode="json"))
+    return str(value)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

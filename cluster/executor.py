@@ -1,0 +1,142 @@
+"""Running a stage: every unit without a marker is run once somewhere, and its marker collected.
+
+A stage is a pure description of units plus one function `run(unit, output)`. `RayExecutor` runs it as Ray tasks with a
+bounded number in flight; `InlineExecutor` runs the same function in this process.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray
+
+from cluster.errors import PairmillError, RunError
+from cluster.journal import Journal, Marker, UnitOutput
+from cluster.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+MAX_RETRIES_AFTER_CRASH = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One piece of a stage's work: `id` sorts in the stage's order and is valid as a file name."""
+
+    id: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """What to do, apart from where it runs. Stages are pickled and sent to workers: keep them small."""
+
+    name: str
+    num_cpus: float
+    memory_bytes: int
+
+    def units(self) -> Sequence[Unit]:
+        """Every unit, in order; the same list whenever it is called on the same input."""
+
+    def run(self, unit: Unit, output: UnitOutput) -> None:
+        """Do one unit: a pure function of committed inputs (and, when fetching, of the web's responses)."""
+
+
+class Executor(Protocol):
+    """Applies a function to items somewhere; results come as they finish."""
+
+    def map_unordered(
+        self, function: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, memory_bytes: int
+    ) -> Iterator[Any]: ...
+
+
+class InlineExecutor:
+    """One item after the other in this process."""
+
+    def map_unordered(
+        self, function: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, memory_bytes: int
+    ) -> Iterator[Any]:
+        return map(function, items)
+
+
+class RayExecutor:
+    """Ray tasks, never more in flight than the cluster can run at once plus a few to hide scheduling.
+
+    A task whose worker or node dies is run again elsewhere; an error raised by the function is not retried.
+    """
+
+    def map_unordered(
+        self, function: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, memory_bytes: int
+    ) -> Iterator[Any]:
+        remote = ray.remote(function).options(
+            num_cpus=num_cpus, memory=memory_bytes or None, max_retries=MAX_RETRIES_AFTER_CRASH
+        )
+        waiting = list(reversed(items))
+        in_flight: list[ray.ObjectRef] = []
+        try:
+            while waiting or in_flight:
+                while waiting and len(in_flight) < _slots(num_cpus):
+                    in_flight.append(remote.remote(waiting.pop()))
+                ready, in_flight = ray.wait(in_flight, num_returns=1)
+                for reference in ready:
+                    yield ray.get(reference)
+        finally:
+            for reference in in_flight:
+                ray.cancel(reference, force=True)
+
+
+def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Progress) -> dict[str, Marker]:
+    """Bring every unit of a stage to its marker and return the markers by unit id, in unit order.
+
+    Units that have a marker are not run again. Raises RunError naming the unit when one fails for good; what was
+    committed stays, so the same call goes on from there.
+    """
+    units = stage.units()
+    markers = journal.markers(stage.name)
+    journal.announce(stage.name, len(units))
+    missing = [unit for unit in units if unit.id not in markers]
+    progress.start(stage.name, num_units=len(units), done=[markers[unit.id] for unit in units if unit.id in markers])
+    task = UnitTask(stage, journal)
+    for marker in executor.map_unordered(task, missing, num_cpus=stage.num_cpus, memory_bytes=stage.memory_bytes):
+        if isinstance(marker, Exception):
+            raise marker
+        markers[marker.unit] = marker
+        progress.advance(marker)
+    if missing:
+        journal.sweep(stage.name)
+    progress.finish()
+    return {unit.id: markers[unit.id] for unit in units}
+
+
+class UnitTask:
+    """The function that is applied to units: attempt, commit, return the winning marker."""
+
+    def __init__(self, stage: Stage, journal: Journal) -> None:
+        self._stage = stage
+        self._journal = journal
+        self.__name__ = f"{stage.name}_unit"
+
+    def __call__(self, unit: Unit) -> Marker | PairmillError:
+        """The unit's marker; errors come back as values so that their class and text survive the journey."""
+        stage, journal = self._stage, self._journal
+        try:
+            if marker := journal.marker(stage.name, unit.id):
+                return marker
+            started = time.monotonic()
+            with journal.attempt(stage.name, unit.id) as output:
+                stage.run(unit, output)
+                return journal.commit(stage.name, unit.id, output, seconds=round(time.monotonic() - started, 3))
+        except PairmillError as error:
+            return error
+        except Exception as error:  # whatever a unit raises must reach the user with the unit's name
+            logger.exception("stage %s unit %s failed", stage.name, unit.id)
+            return RunError(
+                f"stage {stage.name}, unit {unit.id}: {type(error).__name__}: {error}; "
+                "finished units are kept, run the same command to go on"
+            )
+
+
+def _slots(num_cpus: float) -> int:
+    total = float(ray.cluster_resources().get("CPU", 1.0))
+    return max(1, int(total / num_cpus)) + 2

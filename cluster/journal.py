@@ -1,0 +1,180 @@
+"""The journal: which units of a run are done, and what each one wrote. Readers believe only markers.
+
+A unit may run any number of times, anywhere, at the same time. Each attempt writes under names of its own; then one
+marker object per unit, created if absent, names the outputs with size and sha256. The attempt that creates the
+marker has won; what the others wrote is swept when the stage ends. An output that must have a fixed public name
+(`shards/00000.tar`) is moved there before the marker is made: its bytes are a pure function of markers written
+earlier, so two attempts that race write the same object.
+
+    journal/<stage>/<unit>.json            the marker
+    journal/<stage>.json                   number of units planned, for `pairmill status`
+    work/<stage>/<unit>.<attempt>/<name>   outputs
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFile:
+    """One file that a unit wrote: `path` is relative to the run's folder."""
+
+    name: str
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """The proof that a unit is done: its outputs, and small counts that later stages and people read."""
+
+    stage: str
+    unit: str
+    attempt: str
+    outputs: tuple[OutputFile, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def path_of(self, name: str) -> str:
+        """Path of the output called `name`. Raises KeyError."""
+        for output in self.outputs:
+            if output.name == name:
+                return output.path
+        raise KeyError(f"unit {self.stage}/{self.unit} has no output {name!r}")
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> "Marker":
+        plain: dict[str, Any] = json.loads(data)
+        outputs = tuple(OutputFile(**output) for output in plain.pop("outputs"))
+        return Marker(outputs=outputs, **plain)
+
+
+class UnitOutput:
+    """Where one attempt of a unit writes. Files are made under `path(name)`; `count` adds to the marker's counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._published: dict[str, str | None] = {}
+        self.counts: dict[str, int] = {}
+
+    def path(self, name: str, publish_as: str | None = None) -> Path:
+        """A local path to write the output `name` to.
+
+        publish_as: the fixed public path in the run's folder, for outputs whose bytes are deterministic.
+        """
+        self._published[name] = publish_as
+        return self._folder / name
+
+    def count(self, name: str, number: int = 1) -> None:
+        self.counts[name] = self.counts.get(name, 0) + number
+
+    def files(self) -> Iterator[tuple[str, Path, str | None]]:
+        """(name, local path, fixed public path) of each output, in the order they were asked for."""
+        for name, publish_as in self._published.items():
+            yield name, self._folder / name, publish_as
+
+
+class Journal:
+    """Markers and outputs of one run, in its folder on any store. Can be pickled and sent to workers."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def marker(self, stage: str, unit: str) -> Marker | None:
+        """The unit's marker, or None while it is not done."""
+        try:
+            return Marker.from_json(self.store.read_bytes(_marker_path(stage, unit)))
+        except FileNotFoundError:
+            return None
+
+    def markers(self, stage: str) -> dict[str, Marker]:
+        """Every marker of a stage by unit id, in order of unit id."""
+        paths = [entry.path for entry in self.store.find(f"journal/{stage}") if entry.path.endswith(".json")]
+        if len(paths) < 8:
+            blobs = [self.store.read_bytes(path) for path in paths]
+        else:  # a small read each: overlap them, an object store takes tens of milliseconds per read
+            with ThreadPoolExecutor(16) as pool:
+                blobs = list(pool.map(self.store.read_bytes, paths))
+        found = (Marker.from_json(blob) for blob in blobs)
+        return {marker.unit: marker for marker in sorted(found, key=lambda marker: marker.unit)}
+
+    def announce(self, stage: str, num_units: int) -> None:
+        """Record how many units a stage has, for people who ask for the run's status."""
+        self.store.write_bytes(f"journal/{stage}.json", json.dumps({"num_units": num_units}).encode())
+
+    @contextlib.contextmanager
+    def attempt(self, stage: str, unit: str) -> Iterator[UnitOutput]:
+        """A place for one attempt's files; removed on leaving, whatever happened. `commit` inside moves them out."""
+        if self.store.is_local:  # same file system as the outputs: publishing is a rename
+            folder = Path(self.store.full(f"work/{stage}/{unit}.{uuid.uuid4().hex[:12]}.tmp"))
+            folder.mkdir(parents=True)
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="pairmill-"))
+        try:
+            yield UnitOutput(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, stage: str, unit: str, output: UnitOutput, seconds: float = 0.0) -> Marker:
+        """Publish an attempt's files and create the unit's marker; returns the marker that won, ours or another's."""
+        attempt = uuid.uuid4().hex[:12]
+        files = []
+        for name, local, publish_as in output.files():
+            path = publish_as or f"work/{stage}/{unit}.{attempt}/{name}"
+            size_bytes, sha256 = os.path.getsize(local), file_sha256(local)
+            self.store.put_file(local, path)
+            files.append(OutputFile(name=name, path=path, size_bytes=size_bytes, sha256=sha256))
+        marker = Marker(
+            stage=stage, unit=unit, attempt=attempt, outputs=tuple(files), counts=output.counts, seconds=seconds
+        )
+        if self.store.create(_marker_path(stage, unit), marker.to_json()):
+            return marker
+        winner = self.marker(stage, unit)
+        if winner is None:
+            raise FileNotFoundError(f"{_marker_path(stage, unit)} was created by another attempt, then removed")
+        return winner
+
+    def sweep(self, stage: str) -> int:
+        """Remove what attempts without a marker left behind; returns the number of objects removed.
+
+        Call it when every unit of the stage has a marker and no attempt of it can still be running.
+        """
+        kept = {output.path for marker in self.markers(stage).values() for output in marker.outputs}
+        orphans = [entry.path for entry in self.store.find(f"work/{stage}") if entry.path not in kept]
+        for path in orphans:
+            self.store.remove(path)
+        if self.store.is_local:
+            _remove_empty_folders(Path(self.store.full(f"work/{stage}")))
+        return len(orphans)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _marker_path(stage: str, unit: str) -> str:
+    return f"journal/{stage}/{unit}.json"
+
+
+def _remove_empty_folders(root: Path) -> None:
+    for folder, _, _ in os.walk(root, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)

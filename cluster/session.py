@@ -1,0 +1,72 @@
+"""The Ray session of a command: the user's cluster when one is named, else a local Ray that ends with the command."""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+from cluster.config import Config, key
+from cluster.errors import RequestError
+from cluster.executor import Executor, InlineExecutor, RayExecutor
+
+logger = logging.getLogger(__name__)
+
+
+class RayConfig(Config):
+    """Where the work runs."""
+
+    address: str = key(
+        "",
+        "Ray cluster to use: host:port, 'auto' for the one on this machine, 'inline' for no Ray at all; "
+        "empty: $RAY_ADDRESS if set, else a local Ray that stops with the command",
+        affects_result=False,
+    )
+    num_cpus: int | None = key(
+        None, "cores that a local Ray may use; null: all", affects_result=False, unit="cores", ge=1
+    )
+
+
+@contextlib.contextmanager
+def ray_session(config: RayConfig) -> Iterator[Executor]:
+    """An executor for the time of a command. Raises RequestError when the named cluster cannot be reached."""
+    if config.address == "inline":
+        yield InlineExecutor()
+        return
+    start_ray(config)
+    import ray
+
+    try:
+        yield RayExecutor()
+    finally:
+        ray.shutdown()
+
+
+def start_ray(config: RayConfig) -> None:
+    """Connect to the cluster that the config names, or start a local Ray."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    quiet: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address == "local":
+            ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, **quiet)
+        else:
+            ray.init(address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(
+            f"ray.address={address}: no Ray cluster answers there ({first_line}); "
+            "start one with `ray start --head`, or leave ray.address empty for a local one"
+        ) from None
+
+
+def interrupt_on_sigterm() -> None:
+    """Make SIGTERM (a job being stopped) end a command the way Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,111 @@
+"""The schema of a finished dataset: `manifest.json` and the columns of its shards. Needs neither Ray nor torch.
+
+    manifest.json              this file's `Manifest`
+    shards/00000.tar           webdataset form: KEY.jpg KEY.txt KEY.json for each sample, in shard order
+    shards/00000.parquet       one row a sample, in the same order: captions, sizes, hashes, the list's own extra
+                               columns, and where each member's bytes begin in the tar (`image_offset`, `image_size`, ...)
+    record/00000.parquet       one row per distinct input pair, kept or dropped, with the reason
+
+A sample can be read without scanning its tar: `read_range(tar, image_offset, image_size)`.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.errors import RequestError
+from cluster.store import Store
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+# Columns that every shard parquet has; the list's extra columns follow them under their own names.
+SAMPLE_COLUMNS = (
+    "key",  # str: basename of the sample's members in the tar
+    "uid",  # str: 32 hex digits, 128-bit hash of (url, caption)
+    "url",
+    "caption",
+    "width",  # int32, pixels as stored
+    "height",
+    "original_width",
+    "original_height",
+    "sha256",  # hex, of the bytes as downloaded
+    "image_format",  # "jpg", "png" or "webp": also the member's extension
+    "image_offset",  # int64: where the member's data begins in the tar
+    "image_size",  # int64, bytes
+    "caption_offset",
+    "caption_size",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """One published file, `path` relative to the dataset's folder."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One output shard."""
+
+    index: int
+    num_samples: int
+    tar: FileInfo
+    parquet: FileInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a dataset is. Two builds with the same lists, responses and settings have the same bytes here.
+
+    counts: {"kept": n, reason: n, ...}; its values sum to `num_input_rows`.
+    columns: names and Arrow types of the shard parquet's columns. config: the settings that affect results.
+    sources: one {"path", "size_bytes", "sha256", "num_rows"} per input file.
+    """
+
+    version: int
+    num_input_rows: int
+    num_samples: int
+    counts: dict[str, int]
+    shards: tuple[Shard, ...]
+    columns: dict[str, str]
+    config: dict[str, Any]
+    sources: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> "Manifest":
+        plain: dict[str, Any] = json.loads(data)
+        shards = tuple(
+            Shard(**{**shard, "tar": FileInfo(**shard["tar"]), "parquet": FileInfo(**shard["parquet"])})
+            for shard in plain.pop("shards")
+        )
+        return Manifest(shards=shards, sources=tuple(plain.pop("sources")), **plain)
+
+
+def read_manifest(dataset: str) -> tuple[Store, Manifest]:
+    """Open a finished dataset. Raises RequestError when the folder holds none or one of another format version."""
+    try:
+        store = Store(dataset)
+        data = store.read_bytes(MANIFEST_FILE)
+    except FileNotFoundError:
+        raise RequestError(
+            f"{dataset}: no finished dataset here (no {MANIFEST_FILE}); build one with "
+            f"`pairmill build input=LIST output={dataset}`, or run that again if it was interrupted"
+        ) from None
+    except (ValueError, ImportError) as error:
+        raise RequestError(f"{dataset}: cannot open this location: {error}") from None
+    try:
+        manifest = Manifest.from_json(data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{store.url_of(MANIFEST_FILE)}: not a readable manifest: {error}") from None
+    if manifest.version != FORMAT_VERSION:
+        raise RequestError(
+            f"{store.url_of(MANIFEST_FILE)}: format version {manifest.version}, this pairmill reads {FORMAT_VERSION}"
+        )
+    return store, manifest
