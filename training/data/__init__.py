@@ -1,0 +1,1 @@
+"""From shards to batches: order, loader, tokenizer, and transforms that run on the device."""

@@ -1,0 +1,1 @@
+"""one loss a file, functions of tensors returning (sum, count)."""

@@ -1,0 +1,1 @@
+"""image and text networks; shapes only."""

@@ -1,0 +1,77 @@
+"""The pre-norm transformer block that every encoder and decoder here is made of.
+
+Legend: B batch, L tokens, D width, H heads, K width of a head, P parts.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.models.config import Shape
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, computed by torch's fused kernels."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.out = nn.Linear(shape.width, shape.width)
+
+    def forward(self, x_BLD: Tensor, *, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
+        """Return [B, L, D]. causal: a token sees itself and what precedes. keys_BL: True where a key may be seen."""
+        qkv_PBHLK = self.qkv(x_BLD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHLK, k_BHLK, v_BHLK = qkv_PBHLK.unbind(0)
+        mask_B11L = None if keys_BL is None else keys_BL[:, None, None, :]
+        y_BHLK = functional.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, mask_B11L, is_causal=causal)
+        y_BLD: Tensor = self.out(y_BHLK.transpose(1, 2).flatten(2))
+        return y_BLD
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(shape.width)
+        self.attention = Attention(shape)
+        self.norm2 = nn.LayerNorm(shape.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(shape.width, shape.mlp_width), nn.GELU(), nn.Linear(shape.mlp_width, shape.width)
+        )
+
+    def forward(self, x_BLD: Tensor, *, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
+        """Return [B, L, D]; see `Attention.forward` for the masks."""
+        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), causal=causal, keys_BL=keys_BL)
+        y_BLD: Tensor = x_BLD + self.mlp(self.norm2(x_BLD))
+        return y_BLD
+
+
+class Blocks(nn.Module):
+    """A stack of blocks, initialised as in CLIP: outputs of residual branches shrink with the depth."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        branch_std = shape.width**-0.5 * (2 * shape.depth) ** -0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("qkv.weight"):
+                nn.init.normal_(parameter, std=shape.width**-0.5)
+            elif name.endswith("mlp.0.weight"):
+                nn.init.normal_(parameter, std=(2 * shape.width) ** -0.5)
+            elif name.endswith(("out.weight", "mlp.2.weight")):
+                nn.init.normal_(parameter, std=branch_std)
+
+    def forward(self, x_BLD: Tensor, *, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
+        """Return [B, L, D]; see `Attention.forward` for the masks."""
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, causal=causal, keys_BL=keys_BL)
+        return x_BLD
+
+
+def take_tokens(x_BLD: Tensor, index_BM: Tensor) -> Tensor:
+    """Return [B, M, D]: for each sample, the tokens at its own indices."""
+    return torch.gather(x_BLD, 1, index_BM[:, :, None].expand(-1, -1, x_BLD.shape[2]))
