@@ -97,7 +97,7 @@ def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Prog
     journal.announce(stage.name, len(units))
     missing = [unit for unit in units if unit.id not in markers]
     progress.start(stage.name, num_units=len(units), done=[markers[unit.id] for unit in units if unit.id in markers])
-    task = UnitTask(stage, journal)
+    task = unit_task(stage, journal)
     for marker in executor.map_unordered(task, missing, num_cpus=stage.num_cpus, memory_bytes=stage.memory_bytes):
         if isinstance(marker, Exception):
             raise marker
@@ -109,17 +109,14 @@ def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Prog
     return {unit.id: markers[unit.id] for unit in units}
 
 
-class UnitTask:
-    """The function that is applied to units: attempt, commit, return the winning marker."""
+def unit_task(stage: Stage, journal: Journal) -> Callable[[Unit], Marker | PairmillError]:
+    """The function that is applied to units: attempt, commit, return the winning marker.
 
-    def __init__(self, stage: Stage, journal: Journal) -> None:
-        self._stage = stage
-        self._journal = journal
-        self.__name__ = f"{stage.name}_unit"
+    Errors come back as values so that their class and text survive the journey between processes. Its name is what
+    `ray list tasks` and the workers' process titles show.
+    """
 
-    def __call__(self, unit: Unit) -> Marker | PairmillError:
-        """The unit's marker; errors come back as values so that their class and text survive the journey."""
-        stage, journal = self._stage, self._journal
+    def run_unit(unit: Unit) -> Marker | PairmillError:
         try:
             if marker := journal.marker(stage.name, unit.id):
                 return marker
@@ -135,6 +132,9 @@ class UnitTask:
                 f"stage {stage.name}, unit {unit.id}: {type(error).__name__}: {error}; "
                 "finished units are kept, run the same command to go on"
             )
+
+    run_unit.__name__ = run_unit.__qualname__ = f"{stage.name}_unit"
+    return run_unit
 
 
 def _slots(num_cpus: float) -> int:

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -115,8 +116,9 @@ class Journal:
         return {marker.unit: marker for marker in sorted(found, key=lambda marker: marker.unit)}
 
     def announce(self, stage: str, num_units: int) -> None:
-        """Record how many units a stage has, for people who ask for the run's status."""
-        self.store.write_bytes(f"journal/{stage}.json", json.dumps({"num_units": num_units}).encode())
+        """Record how many units a stage has and when it began, for people who ask for the run's status."""
+        plan = {"num_units": num_units, "started": time.time()}
+        self.store.write_bytes(f"journal/{stage}.json", json.dumps(plan).encode())
 
     @contextlib.contextmanager
     def attempt(self, stage: str, unit: str) -> Iterator[UnitOutput]:

@@ -1,0 +1,107 @@
+"""The `pairmill` command: finds the package that owns a subcommand and becomes it.
+
+The packages are launched by command line (`python -m pipeline ...`), never imported, so downloading never loads
+torch, and a job on a cluster runs exactly what a person would type.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+from cluster.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_INTERRUPTED, PairmillError, RequestError
+
+OWNERS = {
+    "build": ("pipeline", "URL lists -> downloaded, filtered, deduplicated shards"),
+    "verify": ("pipeline", "check every file of a dataset against its manifest"),
+    "explain": ("pipeline", "the whole story of one pair, by uid or URL"),
+    "report": ("", "HTML page of a dataset, a training run, or several together"),
+    "train": ("training", "train a model on a dataset"),
+    "eval": ("training", "zero-shot classification and retrieval of a trained model"),
+    "submit": ("", "send build, train or eval to a cluster as a Ray job and follow it"),
+    "status": ("", "how far a run is"),
+    "doctor": ("", "check this machine: packages, versions, Ray, disk"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status (0 done, 1 failed, 2 bad request, 130 interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words.pop(0) if words else "--help"
+    if command in ("--help", "-h", "help"):
+        print(overview())
+        return EXIT_DONE
+    if command == "--version":
+        print(f"pairmill {version('pairmill')}")
+        return EXIT_DONE
+    return run_reporting_errors(f"pairmill {command}", lambda: _dispatch(command, words))
+
+
+def run_reporting_errors(name: str, action: Callable[[], int]) -> int:
+    """Call `action`; print what it raises as one message on stderr and return the exit status it means."""
+    try:
+        return action()
+    except PairmillError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; run the same command to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader (head, less) has gone: nothing to tell anybody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def module_command(package: str, words: Sequence[str]) -> list[str]:
+    """The command line that runs a package. `-P` keeps a folder of the same name in the user's directory out."""
+    return [sys.executable, "-P", "-m", package, *words]
+
+
+def overview() -> str:
+    """The text of `pairmill --help`."""
+    commands = "\n".join(f"  {name:9} {line}" for name, (_, line) in OWNERS.items())
+    return (
+        f"pairmill {version('pairmill')}: from lists of URLs with captions to a trained, evaluated vision backbone\n\n"
+        "usage: pairmill COMMAND [CONFIG.yaml] [dotted.key=value ...]\n\n"
+        f"{commands}\n\n"
+        "`pairmill COMMAND --help` prints every key with its default and unit.\n"
+        "exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted (same command resumes)\n\n"
+        "first steps:\n"
+        "  pairmill build input=urls.parquet output=out/data\n"
+        "  pairmill train data.path=out/data output=out/clip method=clip\n"
+        "  pairmill eval checkpoint=out/clip data.path=out/data"
+    )
+
+
+def _dispatch(command: str, words: list[str]) -> int:
+    if command not in OWNERS:
+        close = difflib.get_close_matches(command, OWNERS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(OWNERS)}"
+        raise RequestError(f"unknown command; {hint}")
+    package = OWNERS[command][0]
+    if package:
+        sys.stdout.flush()
+        os.execv(sys.executable, module_command(package, [command, *words]))
+    if command == "report":
+        from cluster.combined_report import report_command
+
+        return report_command(words)
+    if command == "submit":
+        from cluster.jobs import submit_command
+
+        return submit_command(words)
+    if command == "status":
+        from cluster.status import status_command
+
+        return status_command(words)
+    from cluster.doctor import doctor_command
+
+    return doctor_command(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+__all__ = ["EXIT_BAD_REQUEST", "main", "module_command", "run_reporting_errors"]

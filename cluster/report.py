@@ -1,0 +1,158 @@
+"""The shell of every HTML report: one self-contained page of titled sections, readable without a network.
+
+    page = render_page("My run", [Section(title="Totals", html=cards_html([...]))], lead="What this is.")
+
+Whoever fills a section is trusted to have escaped it: `cards_html`, `table_html` and `figure_html` do. The same
+sections can be saved (`sections_json`) and joined with those of other reports on one page.
+"""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+TEMPLATES = Path(__file__).parent / "templates"
+PALETTE = ("#3b82c4", "#e08a3c", "#4fa36b", "#c4567a", "#8a6fc0", "#a3873b", "#4aa3a3", "#8b8f98")
+# Drawn in this colour, then turned into the page's own text colour, so that figures suit light and dark.
+_INK = "#01fe02"
+_FIGURE_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pairmill",
+    "font.size": 9.5,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A titled piece of a report; `html` is ready to be put on a page."""
+
+    title: str
+    html: str
+
+    @property
+    def anchor(self) -> str:
+        """The section's name in the page's address."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One number to see at a glance, with what it counts and an optional remark."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def render_page(title: str, sections: Sequence[Section], lead: str = "") -> str:
+    """The whole page as HTML text: styles and pictures are inside, nothing is loaded from elsewhere."""
+    css = Markup((TEMPLATES / "page.css").read_text(encoding="utf-8"))
+    return environment(TEMPLATES).get_template("page.html").render(title=title, sections=sections, lead=lead, css=css)
+
+
+def sections_json(sections: Sequence[Section]) -> bytes:
+    """Sections as `[{"title": ..., "html": ...}]`, to be joined with others by `read_sections`."""
+    return json.dumps([asdict(section) for section in sections], indent=1).encode()
+
+
+def read_sections(data: bytes) -> list[Section]:
+    """What `sections_json` wrote."""
+    return [Section(title=str(plain["title"]), html=str(plain["html"])) for plain in json.loads(data)]
+
+
+@cache
+def environment(templates: Path) -> Environment:
+    """A jinja2 environment for a folder of templates: everything is escaped unless marked safe."""
+    loader = FileSystemLoader(str(templates))
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def cards_html(cards: Iterable[Card]) -> str:
+    """A row of numbers to see at a glance."""
+    parts = []
+    for card in cards:
+        note = Markup("<span>{}</span>").format(card.note) if card.note else Markup()
+        parts.append(Markup('<div class="card"><b>{}</b><em>{}</em>{}</div>').format(card.value, card.label, note))
+    return str(Markup('<div class="cards">{}</div>').format(Markup().join(parts)))
+
+
+def table_html(header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
+    """A table; numbers (and text that reads as one) are aligned right, Markup cells are kept as they are."""
+    head = Markup().join(Markup("<th>{}</th>").format(name) for name in header)
+    body = Markup().join(Markup("<tr>{}</tr>").format(Markup().join(_cell(value) for value in row)) for row in rows)
+    title = Markup("<caption>{}</caption>").format(caption) if caption else Markup()
+    return str(
+        Markup('<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
+            title, head, body
+        )
+    )
+
+
+def new_figure(width_in: float = 5.2, height_in: float = 2.7) -> tuple[Figure, Axes]:
+    """An empty figure in the page's style, outside pyplot: nothing global is touched."""
+    with matplotlib.rc_context(_FIGURE_STYLE):
+        figure = Figure(figsize=(width_in, height_in), layout="constrained")
+        return figure, figure.add_subplot()
+
+
+def figure_html(figure: Figure, alt: str = "") -> str:
+    """A matplotlib figure as inline SVG whose text and axes take the page's colours."""
+    for axes in figure.axes:
+        _ink(axes)
+    figure.patch.set_alpha(0.0)
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_FIGURE_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace("<svg", '<svg role="img"', 1)
+    label = Markup("<title>{}</title>").format(alt) if alt else Markup()
+    svg = re.sub(r"(<svg[^>]*>)", lambda match: match.group(1) + str(label), svg, count=1)
+    return f'<div class="figure">{svg}</div>'
+
+
+def image_url(data: bytes, media_type: str = "image/jpeg") -> str:
+    """An encoded picture as a `data:` URL."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def _ink(axes: Axes) -> None:
+    axes.patch.set_alpha(0.0)
+    axes.tick_params(colors=_INK, which="both")
+    for spine in axes.spines.values():
+        spine.set_edgecolor(_INK)
+        spine.set_alpha(0.35)
+    texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+    if left_title := getattr(axes, "_left_title", None):
+        texts.append(left_title)
+    if legend := axes.get_legend():
+        legend.set_frame_on(False)
+        texts += [*legend.get_texts(), legend.get_title()]
+    for text in texts:
+        text.set_color(_INK)
+
+
+def _cell(value: Any) -> Markup:
+    if isinstance(value, float):
+        value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value:,}"
+    is_number = not isinstance(value, Markup) and bool(re.fullmatch(r"[-+]?[\d,.]+ ?%?", str(value)))
+    return Markup('<td class="n">{}</td>' if is_number else "<td>{}</td>").format(escape(value))

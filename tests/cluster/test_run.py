@@ -1,0 +1,54 @@
+"""One folder holds one run: the same request resumes it, any other is refused with the differing keys."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import Config, key
+from cluster.errors import RequestError
+from cluster.run import open_run, require_run
+
+
+class Small(Config):
+    seed: int = key(0, "seed")
+    workers: int = key(1, "tasks at once", affects_result=False)
+
+
+def test_the_same_request_resumes(tmp_path: Path) -> None:
+    assert open_run(str(tmp_path / "out"), "build", Small()).resumed is False
+    assert open_run(str(tmp_path / "out"), "build", Small(workers=2)).resumed is True
+
+
+def test_other_settings_are_refused_with_the_differing_keys(tmp_path: Path) -> None:
+    open_run(str(tmp_path / "out"), "build", Small())
+    with pytest.raises(RequestError, match="seed: the run has 0, this request has 3"):
+        open_run(str(tmp_path / "out"), "build", Small(seed=3))
+
+
+def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
+    open_run(str(tmp_path / "out"), "build", Small())
+    with pytest.raises(RequestError, match="holds a build run, this is a train run"):
+        open_run(str(tmp_path / "out"), "train", Small())
+
+
+def test_a_folder_with_foreign_files_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("...")
+    with pytest.raises(RequestError, match=r"belong to no pairmill run \(thesis.tex"):
+        open_run(str(tmp_path), "build", Small())
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds no pairmill run"):
+        require_run(str(tmp_path), "build")
+
+
+def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RequestError, match=r"run\.json: not readable as JSON"):
+        open_run(str(tmp_path), "build", Small())
+
+
+def test_an_unknown_protocol_is_refused() -> None:
+    with pytest.raises(RequestError, match="cannot open this location"):
+        open_run("nowhere://bucket/out", "build", Small())
