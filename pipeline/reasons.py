@@ -1,0 +1,88 @@
+"""Why a row is not in the dataset: one name per reason, the same in records, counts, reports and `explain`.
+
+Rows whose server answered with an error have the open-ended reason `http_<status>`, such as `http_404`.
+"""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """A reason, its sentence for people, and whether trying again later may help."""
+
+    sentence: str
+    transient: bool
+
+    def __new__(cls, name: str, sentence: str, transient: bool = False) -> "Reason":
+        reason = str.__new__(cls, name)
+        reason._value_ = name
+        reason.sentence = sentence
+        reason.transient = transient
+        return reason
+
+    # Before the download.
+    UNREADABLE_ROW = (
+        "unreadable_row",
+        "the list's row could not be read: bad bytes or the wrong number of fields",
+    )
+    MISSING_URL = "missing_url", "the row has no URL"
+    INVALID_URL = "invalid_url", "the URL is malformed"
+    UNSUPPORTED_SCHEME = "unsupported_scheme", "the URL, or a redirect, is neither http nor https"
+    CAPTION_TOO_SHORT = "caption_too_short", "the caption is shorter than the smallest length kept"
+    CAPTION_TOO_LONG = "caption_too_long", "the caption is longer than the greatest length kept"
+    CAPTION_LANGUAGE = "caption_language", "the caption is not in one of the languages kept"
+
+    # The download.
+    FORBIDDEN_ADDRESS = (
+        "forbidden_address",
+        "the host, or a redirect's, has a loopback, private or special address",
+    )
+    DNS_FAILURE = "dns_failure", "the host's name could not be resolved", True
+    CONNECTION_FAILED = (
+        "connection_failed",
+        "the connection was refused, reset or closed without an answer",
+        True,
+    )
+    TLS_FAILURE = "tls_failure", "the server's certificate or TLS handshake is not acceptable"
+    TIMEOUT = "timeout", "the server was too slow", True
+    TOO_MANY_REDIRECTS = "too_many_redirects", "the server redirected more often than allowed"
+    TOO_LARGE = "too_large", "the body is larger than allowed"
+    TRUNCATED = "truncated", "the body ended before its announced length", True
+    EMPTY_BODY = "empty_body", "the server answered without a body"
+    BAD_RESPONSE = "bad_response", "the server's answer is not valid HTTP"
+
+    # The image.
+    NOT_AN_IMAGE = "not_an_image", "the body is not an image of a known format"
+    TRUNCATED_IMAGE = "truncated_image", "the image ends early"
+    UNDECODABLE_IMAGE = "undecodable_image", "the image is damaged or of an unknown variant"
+    TOO_MANY_PIXELS = "too_many_pixels", "the image has more pixels than allowed"
+
+    # Decisions.
+    IMAGE_TOO_SMALL = "image_too_small", "the image's shorter side is below the smallest kept"
+    IMAGE_TOO_ELONGATED = (
+        "image_too_elongated",
+        "the image's sides differ by more than the greatest ratio kept",
+    )
+    IMAGE_BLANK = "image_blank", "the image is of one colour"
+    DUPLICATE_BYTES = "duplicate_bytes", "another kept sample has the very same bytes"
+
+
+def http_reason(status: int) -> str:
+    """The reason of a row whose server answered with an error status."""
+    return f"http_{status}"
+
+
+TRANSIENT_HTTP = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+def is_transient(reason: str) -> bool:
+    """Whether the same request may succeed later; others are never repeated."""
+    if reason.startswith("http_"):
+        return int(reason.removeprefix("http_")) in TRANSIENT_HTTP
+    return Reason(reason).transient
+
+
+def sentence(reason: str) -> str:
+    """What a reason means, for people. Raises ValueError for a name that is none."""
+    if reason.startswith("http_"):
+        return f"the server answered with HTTP status {reason.removeprefix('http_')}"
+    return Reason(reason).sentence
