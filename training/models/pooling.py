@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from training.models.blocks import attend
 
 PoolingName = Literal["mean", "max", "map", "class", "end"]
 
@@ -40,8 +41,7 @@ class Pooling(nn.Module):
         """Multi-head attention pooling (MAP): one learned query."""
         k_BHLK, v_BHLK = self.key_value(x_BLD).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q_BH1K = self.query.to(k_BHLK.dtype).view(1, self.heads, 1, -1).expand(len(x_BLD), -1, -1, -1)
-        mask_B11L = None if keys_BL is None else keys_BL[:, None, None, :]
-        y_BH1K = functional.scaled_dot_product_attention(q_BH1K, k_BHLK, v_BHLK, mask_B11L)
+        y_BH1K = attend(q_BH1K, k_BHLK, v_BHLK, keys_BL=keys_BL)
         y_BD: Tensor = self.out(y_BH1K.flatten(1))
         return y_BD
 
