@@ -6,6 +6,7 @@ used when a token is to be had (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/au
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import sys
@@ -56,6 +57,7 @@ def submit_command(words: Sequence[str]) -> int:
 def connect(address: str) -> Any:
     """A Ray job client for the cluster at `address`. RequestError tells an unreachable one from a refused token."""
     _use_token_if_there_is_one()
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 

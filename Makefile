@@ -1,0 +1,38 @@
+# demo and test work on a fresh machine with Python 3.11 and make; everything else is installed into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
+DEMO_OUT ?= demo-out
+
+.PHONY: help demo test check clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: .venv/.installed  ## the main job on the corpus that ships here: build, train CLIP and RILS, evaluate, report
+	$(BIN)/python tests/corpus/demo.py --output $(DEMO_OUT)
+
+test: check  ## every check and test
+	$(BIN)/pytest
+
+check: .venv/.installed  ## lint, formatting, types, import directions, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+clean:  ## remove the virtual environment and the demo's output
+	rm -rf .venv build *.egg-info $(DEMO_OUT)
+
+.venv/.dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pairmill needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	rm -rf build *.egg-info
+	$(BIN)/pip install -q -c constraints.txt '.[test]'
+	touch $@
+
+# The package itself is installed anew when a source file changes: tests and demo run what users install.
+.venv/.installed: .venv/.dependencies $(SOURCES)
+	rm -rf build *.egg-info
+	$(BIN)/pip install -q --no-deps --force-reinstall .
+	touch $@

@@ -1,0 +1,123 @@
+"""`pairmill submit` against a real Ray cluster with token authentication: same command, its log, its exit status."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.jobs import as_settings, entrypoint
+
+TOKEN = "5f1c6f6c9d1a4a0b8e2d7c3b4a596877"
+START_TIMEOUT_S = 90
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, **more}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The dashboard URL of `ray start --head` on this machine, which asks for TOKEN."""
+    dashboard = free_port()
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", "--dashboard-host=127.0.0.1"]
+    command += [f"--dashboard-port={dashboard}", f"--temp-dir={tmp_path_factory.mktemp('r')}"]
+    with open(tmp_path_factory.mktemp("log") / "ray.log", "wb") as log:
+        head = subprocess.Popen(
+            command,
+            env=environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not answers(f"http://127.0.0.1:{dashboard}"):
+            assert head.poll() is None, Path(log.name).read_text()
+            assert time.monotonic() < deadline, Path(log.name).read_text()
+            time.sleep(1)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=10)
+
+
+def answers(url: str) -> bool:
+    """The job API is up: Ray's dashboard answers before its job agent does, so ask for the list of jobs."""
+    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def submit(
+    *words: str, url: str, token: str | None = TOKEN, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    secret = {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"} if token else {"RAY_AUTH_MODE": "disabled"}
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "cluster.cli", "submit", *words, "--address", url],
+        env=environment(**secret),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=cwd,
+    )
+
+
+def test_a_wrong_request_comes_back_as_exit_2_with_its_message(cluster: str, tmp_path: Path) -> None:
+    done = submit("build", "inputt=a.parquet", url=cluster, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "did you mean input?" in done.stdout
+
+
+def test_a_missing_token_is_explained(cluster: str) -> None:
+    done = submit("build", "input=a.parquet", url=cluster, token=None)
+    assert done.returncode == 2
+    assert "token authentication: set RAY_AUTH_TOKEN" in done.stderr
+
+
+def test_a_wrong_token_is_explained(cluster: str) -> None:
+    done = submit("build", "input=a.parquet", url=cluster, token="0" * 32)
+    assert done.returncode == 2
+    assert "the cluster refused us" in done.stderr
+
+
+def test_an_absent_cluster_is_named() -> None:
+    done = submit("build", "input=a.parquet", url=f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 2
+    assert "no Ray dashboard answers there" in done.stderr
+
+
+def test_yaml_files_travel_as_settings(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("input: [a b.parquet]\nfetch: {retries: 3, user_agent: 'x: y'}\n")
+    assert as_settings({"input": ["a b.parquet"], "fetch": {"retries": 3}}) == [
+        'input=["a b.parquet"]',
+        "fetch.retries=3",
+    ]
+    line = entrypoint(["build", str(file), "seed=1"])
+    assert "fetch.retries=3" in line
+    assert "'fetch.user_agent=\"x: y\"'" in line
+    assert line.endswith("seed=1")
+    assert str(file) not in line
