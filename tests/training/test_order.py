@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from training.data.order import batch_at, permute, rank_slice, sample_at
 
 SMALL_BLOCKS = {"block_size": 8, "window_blocks": 4}
