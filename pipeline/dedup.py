@@ -1,0 +1,116 @@
+"""Stage dedup: of all pairs whose downloaded bytes are identical, keep the one with the smallest uid.
+
+The unit is a range of the keys' hash space. Every decide unit wrote its keys in hash order, one bucket a partition, so
+a partition is one range read per unit and its result does not depend on who computes it or when.
+
+    duplicates.bin   the dropped rows as `selection.DUPLICATE`, one bucket per fetch unit
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.executor import Unit
+from cluster.journal import UnitOutput
+from cluster.store import Store
+from pipeline.buckets import Records, read_bucket, write_buckets
+from pipeline.selection import DUPLICATE
+
+REASON = "duplicate_bytes"
+KEYS_PER_PARTITION = 1_000_000
+# 128 bits of the hash: two different images of a billion share them with probability 1.5e-21.
+KEY = np.dtype(
+    [
+        ("hash_high", "<u8"),
+        ("hash_low", "<u8"),
+        ("uid_high", "<u8"),
+        ("uid_low", "<u8"),
+        ("unit", "<u4"),
+        ("row", "<u4"),
+    ]
+)
+
+
+def num_partitions(num_keys: int) -> int:
+    """How many partitions to use for about this many keys; part of the stage's identity, so a pure function."""
+    return max(1, -(-num_keys // KEYS_PER_PARTITION))
+
+
+def make_keys(sha256: Sequence[str], uids: Sequence[str], unit: int, rows: Sequence[int]) -> Records:
+    """Keys of some rows of fetch unit number `unit`, in hash order. Hashes and uids are hex."""
+    keys = np.empty(len(rows), KEY)
+    keys["hash_high"] = [int(text[:16], 16) for text in sha256]
+    keys["hash_low"] = [int(text[16:32], 16) for text in sha256]
+    keys["uid_high"] = [int(text[:16], 16) for text in uids]
+    keys["uid_low"] = [int(text[16:32], 16) for text in uids]
+    keys["unit"], keys["row"] = unit, rows
+    return _in_hash_order(keys)
+
+
+def partition_of(keys: Records, count: int) -> Records:
+    """The partition of each key: the hash space cut into `count` equal ranges."""
+    partitions: Records = ((keys["hash_high"] >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32)
+    return partitions.astype(np.int64)
+
+
+def find_duplicates(keys: Records) -> tuple[Records, Records]:
+    """(dropped keys, the key that represents each of them): the smallest uid of every hash is kept."""
+    keys = _in_hash_order(keys)
+    same = (keys["hash_high"][1:] == keys["hash_high"][:-1]) & (keys["hash_low"][1:] == keys["hash_low"][:-1])
+    is_first = np.concatenate([np.ones(min(1, len(keys)), bool), ~same])
+    representative = np.maximum.accumulate(np.where(is_first, np.arange(len(keys)), 0))
+    dropped = np.flatnonzero(~is_first)
+    return keys[dropped], keys[representative[dropped]]
+
+
+def duplicate_uid(duplicate: Records) -> str:
+    """The representative's uid as hex."""
+    return f"{int(duplicate['uid_high']):016x}{int(duplicate['uid_low']):016x}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupStage:
+    """Exact duplicates over all fetch units. `keys` are the decide units' key files, in unit order."""
+
+    store: Store
+    keys: tuple[str, ...]
+    partitions: int
+    name: str = "dedup"
+    num_cpus: float = 1.0
+    memory_bytes: int = KEYS_PER_PARTITION * KEY.itemsize * 8
+
+    def units(self) -> Sequence[Unit]:
+        return [Unit(id=f"{index:05}", params={"partition": index}) for index in range(self.partitions)]
+
+    def run(self, unit: Unit, output: UnitOutput) -> None:
+        dropped, representatives = find_duplicates(self._read(unit.params["partition"]))
+        order = np.lexsort((dropped["row"], dropped["unit"]))
+        duplicates = np.empty(len(dropped), DUPLICATE)
+        duplicates["row"] = dropped["row"][order]
+        duplicates["uid_high"] = representatives["uid_high"][order]
+        duplicates["uid_low"] = representatives["uid_low"][order]
+        write_buckets(
+            output.path("duplicates.bin"), duplicates, dropped["unit"][order].astype(np.int64), len(self.keys)
+        )
+        output.count("dropped", len(dropped))
+
+    def _read(self, partition: int) -> Records:
+        """The partition's keys of all units; reads overlap, an object store answers each in tens of milliseconds."""
+
+        def read(path: str) -> Records:
+            return read_bucket(self.store, path, partition, self.partitions, KEY)
+
+        parts: Iterator[Records] | list[Records]
+        if self.store.is_local or len(self.keys) < 8:
+            parts = map(read, self.keys)
+        else:
+            with ThreadPoolExecutor(16) as pool:
+                parts = list(pool.map(read, self.keys))
+        return np.concatenate([np.empty(0, KEY), *parts])
+
+
+def _in_hash_order(keys: Records) -> Records:
+    order = np.lexsort((keys["uid_low"], keys["uid_high"], keys["hash_low"], keys["hash_high"]))
+    return keys[order]

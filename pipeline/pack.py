@@ -1,0 +1,155 @@
+"""Stage pack: the surviving samples of consecutive fetch units, concatenated and cut at exactly the shard's size.
+
+The plan has put the rows in random order, so cutting is all that is left to do. Encoded images are copied as they
+are. Every byte of a shard is a function of the kept rows: two attempts at a shard write the same files.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.executor import Unit
+from cluster.journal import UnitOutput
+from cluster.store import Store
+from pipeline.manifest import SAMPLE_COLUMNS
+from pipeline.selection import DecidedUnit, Duplicates, extra_columns, read_table, survivors
+from pipeline.tar import TarWriter
+
+_OFFSETS = ("image_offset", "image_size", "caption_offset", "caption_size")
+_COPIED = tuple(name for name in SAMPLE_COLUMNS if name not in ("key", *_OFFSETS))
+_JSON = ("uid", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Survivors number `first` to `end` (exclusive) of one fetch unit."""
+
+    unit: DecidedUnit
+    first: int
+    end: int
+
+
+def cut_shards(units: Sequence[DecidedUnit], num_kept: Sequence[int], samples_per_shard: int) -> list[list[Part]]:
+    """The parts of every shard: all have `samples_per_shard` samples but the last, which has what is left."""
+    shards: list[list[Part]] = []
+    room = 0
+    for unit, count in zip(units, num_kept, strict=True):
+        first = 0
+        while first < count:
+            if room == 0:
+                shards.append([])
+                room = samples_per_shard
+            end = min(count, first + room)
+            shards[-1].append(Part(unit=unit, first=first, end=end))
+            room -= end - first
+            first = end
+    return shards
+
+
+def sample_key(number: int, samples_per_shard: int) -> tuple[int, str]:
+    """(shard, key) of a dataset's sample number: five digits of shard, then at least four inside it."""
+    shard, index = divmod(number, samples_per_shard)
+    return shard, f"{shard:05}{index:0{max(4, len(str(samples_per_shard - 1)))}}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackStage:
+    """`shards`: the parts of every shard."""
+
+    store: Store
+    shards: tuple[tuple[Part, ...], ...]
+    duplicates: Duplicates
+    samples_per_shard: int
+    name: str = "pack"
+    num_cpus: float = 1.0
+    memory_bytes: int = 512 * 2**20
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Workers get a shard's parts with its unit; the list of all of them stays with the driver."""
+        return _pack_stage, (self.store, self.duplicates, self.samples_per_shard)
+
+    def units(self) -> Sequence[Unit]:
+        return [
+            Unit(id=f"{index:05}", params={"index": index, "parts": parts}) for index, parts in enumerate(self.shards)
+        ]
+
+    def run(self, unit: Unit, output: UnitOutput) -> None:
+        index, tables = unit.params["index"], []
+        tar_path = output.path("samples.tar", publish_as=f"shards/{index:05}.tar")
+        number = index * self.samples_per_shard
+        with TarWriter(tar_path) as tar:
+            for part in unit.params["parts"]:
+                tables.append(self._pack_part(part, number, tar))
+                number += part.end - part.first
+        table = pa.concat_tables(tables)
+        path = output.path("samples.parquet", publish_as=f"shards/{index:05}.parquet")
+        pq.write_table(table, path, compression="zstd")
+        output.count("rows", table.num_rows)
+
+    def _pack_part(self, part: Part, number: int, tar: TarWriter) -> pa.Table:
+        """Append a part's samples to the tar, the first one being sample `number`; returns their table."""
+        rows = survivors(self.store, part.unit, self.duplicates)[part.first : part.end]
+        table = read_table(self.store, part.unit.rows).take(pa.array(rows, pa.int64()))
+        extra = extra_columns(table.schema)
+        added: dict[str, list[Any]] = {name: [] for name in ("key", *_OFFSETS)}
+        with open_images(self.store, part.unit.images) as images:
+            for place, row in enumerate(table.to_pylist()):
+                key = sample_key(number + place, self.samples_per_shard)[1]
+                images.seek(row["image_offset"])
+                image, caption = images.read(row["image_size"]), row["caption"].encode()
+                added["key"].append(key)
+                added["image_offset"].append(tar.add(f"{key}.{row['image_format']}", image))
+                added["image_size"].append(len(image))
+                added["caption_offset"].append(tar.add(f"{key}.txt", caption))
+                added["caption_size"].append(len(caption))
+                tar.add(f"{key}.json", _sample_json(key, row, extra))
+        columns = {name: table.column(name) for name in (*_COPIED, *extra)}
+        columns["key"] = pa.array(added["key"], pa.string())
+        columns |= {name: pa.array(added[name], pa.int64()) for name in _OFFSETS}
+        return pa.table({name: columns[name] for name in (*SAMPLE_COLUMNS, *extra)}).replace_schema_metadata(None)
+
+
+@contextmanager
+def open_images(store: Store, path: str) -> Iterator[BinaryIO]:
+    """A seekable local file with a tar's bytes: an object store answers one large read faster than many small."""
+    if store.is_local:
+        with store.open(path) as file:
+            yield file
+        return
+    folder = Path(tempfile.mkdtemp(prefix="pairmill-"))
+    try:
+        store.get_file(path, folder / "images.tar")
+        with open(folder / "images.tar", "rb") as file:
+            yield file
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sample_json(key: str, row: dict[str, Any], extra: Sequence[str]) -> bytes:
+    content = {"key": key} | {name: _finite(row[name]) for name in (*_JSON, *extra)}
+    return json.dumps(content, ensure_ascii=False, default=_plain).encode()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity; a missing number is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> str:
+    """Text for values that JSON has no form for: bytes as hex, dates as ISO 8601, decimals as digits."""
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _pack_stage(store: Store, duplicates: Duplicates, samples_per_shard: int) -> PackStage:
+    return PackStage(store=store, shards=(), duplicates=duplicates, samples_per_shard=samples_per_shard)

@@ -1,0 +1,82 @@
+"""The last step of a build: `manifest.json`, made once, from markers alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cluster.config import flatten
+from cluster.errors import RunError
+from cluster.journal import Marker
+from cluster.store import Store
+from pipeline.config import BuildConfig
+from pipeline.manifest import FORMAT_VERSION, MANIFEST_FILE, FileInfo, Manifest, Shard
+from pipeline.record import total_counts
+
+
+def make_manifest(
+    store: Store,
+    config: BuildConfig,
+    sources: Sequence[Marker],
+    packed: Sequence[Marker],
+    recorded: Mapping[str, Marker],
+) -> Manifest:
+    """What the dataset is. The counts account for every input row, and the shards for every kept one."""
+    source_entries = tuple(json.loads(store.read_bytes(marker.path_of("source.json"))) for marker in sources)
+    num_input_rows = sum(int(entry["num_rows"]) for entry in source_entries)
+    counts = total_counts(recorded)
+    num_samples = sum(marker.counts["rows"] for marker in packed)
+    assert sum(counts.values()) == num_input_rows, f"{counts} do not account for {num_input_rows} input rows"
+    assert counts["kept"] == num_samples, f"{counts['kept']} kept pairs, {num_samples} samples in shards"
+    return Manifest(
+        version=FORMAT_VERSION,
+        num_input_rows=num_input_rows,
+        num_samples=num_samples,
+        counts=counts,
+        shards=tuple(_shard(index, marker) for index, marker in enumerate(packed)),
+        columns=_columns(store, packed[0].path_of("samples.parquet")),
+        config=flatten(config, only_result=True),
+        sources=source_entries,
+    )
+
+
+def publish(store: Store, manifest: Manifest) -> None:
+    """Make the dataset visible. A manifest that is there already must say the same."""
+    data = manifest.to_json()
+    if not store.create(MANIFEST_FILE, data) and store.read_bytes(MANIFEST_FILE) != data:
+        raise RunError(
+            f"{store.url_of(MANIFEST_FILE)}: another build has published something else here; build into another output"
+        )
+
+
+def refuse_empty(counts: Mapping[str, int], input: Sequence[str]) -> None:
+    """RunError when nothing is left, saying why by reason."""
+    if counts["kept"]:
+        return
+    dropped = sorted(((number, name) for name, number in counts.items() if number), reverse=True)
+    reasons = ", ".join(f"{name} {number:,}" for number, name in dropped) or "the lists have no rows"
+    raise RunError(
+        f"no pair was kept, so there is no dataset to publish: {reasons}; check the settings or the lists "
+        f"({', '.join(input)}), then build into a new output"
+    )
+
+
+def _shard(index: int, marker: Marker) -> Shard:
+    return Shard(
+        index=index,
+        num_samples=marker.counts["rows"],
+        tar=_file(marker, "samples.tar"),
+        parquet=_file(marker, "samples.parquet"),
+    )
+
+
+def _file(marker: Marker, name: str) -> FileInfo:
+    found = next(output for output in marker.outputs if output.name == name)
+    return FileInfo(path=found.path, size_bytes=found.size_bytes, sha256=found.sha256)
+
+
+def _columns(store: Store, path: str) -> dict[str, Any]:
+    with store.open(path) as file:
+        schema = pq.read_schema(file)
+    return {field.name: str(field.type) for field in schema}

@@ -1,0 +1,80 @@
+"""From decisions and duplicates to the rows of a fetch unit that go into shards."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cluster.journal import Marker
+from cluster.store import Store
+from pipeline.buckets import Records, read_bucket
+
+# A dropped row of a fetch unit and the uid of the sample that represents it.
+DUPLICATE = np.dtype([("row", "<u4"), ("uid_high", "<u8"), ("uid_low", "<u8")])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecidedUnit:
+    """Where one fetch unit's rows, images and decisions lie. `index` is its place among the fetch units."""
+
+    index: int
+    id: str
+    rows: str
+    images: str
+    kept: str
+    decisions: str
+
+    @staticmethod
+    def of(index: int, fetched: Marker, decided: Marker) -> "DecidedUnit":
+        return DecidedUnit(
+            index=index,
+            id=fetched.unit,
+            rows=fetched.path_of("rows.parquet"),
+            images=fetched.path_of("images.tar"),
+            kept=decided.path_of("kept.npy"),
+            decisions=decided.path_of("decisions.parquet"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duplicates:
+    """The outputs of the dedup stage, one a partition; each has a bucket per fetch unit."""
+
+    paths: tuple[str, ...]
+    num_units: int
+
+    def of_unit(self, store: Store, index: int) -> Records:
+        """Every `DUPLICATE` of one fetch unit, ordered by row."""
+        parts = [read_bucket(store, path, index, self.num_units, DUPLICATE) for path in self.paths]
+        found = np.concatenate(parts) if parts else np.empty(0, DUPLICATE)
+        return found[np.argsort(found["row"], kind="stable")]
+
+
+def survivors(store: Store, unit: DecidedUnit, duplicates: Duplicates) -> NDArray[np.int64]:
+    """Row numbers of a fetch unit that rules and deduplication kept, ascending."""
+    kept: NDArray[np.int64] = np.load(io.BytesIO(store.read_bytes(unit.kept))).astype(np.int64)
+    dropped = duplicates.of_unit(store, unit.index)["row"]
+    return kept[~np.isin(kept, dropped)]
+
+
+def read_table(store: Store, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A parquet object as a table; only the named columns are read."""
+    with store.open(path) as file:
+        return pq.read_table(file, columns=list(columns) if columns is not None else None)
+
+
+def extra_columns(schema: pa.Schema) -> list[str]:
+    """The list's own columns in a schema of the fetch stage: those after the ones it describes."""
+    names: list[str] = schema.names
+    return names[names.index("seconds") + 1 :]
+
+
+def column_list(table: pa.Table, name: str) -> list[Any]:
+    """One column as Python values."""
+    values: list[Any] = table.column(name).to_pylist()
+    return values
