@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import model_validator
+
 from cluster.config import Config, key
 
 
@@ -59,14 +61,15 @@ class VisionConfig(Config):
         """Patches of one picture."""
         return (self.image_size // self.patch_size) ** 2
 
-    def model_post_init(self, context: object, /) -> None:
-        """Refuse shapes that do not fit together."""
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> "VisionConfig":
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} is no multiple of patch_size={self.patch_size}")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size={self.patch_size}: stem=conv halves the side, so it has to be a power of two")
         if self.shape.width % self.shape.heads or self.shape.width % 4:
             raise ValueError(f"width={self.shape.width}: has to be a multiple of 4 and of heads={self.shape.heads}")
+        return self
 
 
 class TextConfig(Config):
@@ -85,10 +88,11 @@ class TextConfig(Config):
         """The transformer's shape."""
         return Shape(width=self.width, depth=self.depth, heads=self.heads, mlp_width=4 * self.width)
 
-    def model_post_init(self, context: object, /) -> None:
-        """Refuse shapes that do not fit together."""
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> "TextConfig":
         if self.width % self.heads:
             raise ValueError(f"width={self.width}: has to be a multiple of heads={self.heads}")
+        return self
 
 
 class ModelConfig(Config):
