@@ -12,7 +12,7 @@ class Reason(StrEnum):
     sentence: str
     transient: bool
 
-    def __new__(cls, name: str, sentence: str, transient: bool = False) -> "Reason":
+    def __new__(cls, name: str, sentence: str = "", transient: bool = False) -> "Reason":
         reason = str.__new__(cls, name)
         reason._value_ = name
         reason.sentence = sentence

@@ -1,0 +1,187 @@
+"""Rows of any list file as record batches of one schema."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster.errors import RunError
+from pipeline.readers import text
+from pipeline.readers.schema import UNREADABLE, ListSchema, plain_type
+from pipeline.readers.sources import Source, open_source
+from pipeline.reasons import Reason
+
+BATCH_ROWS = 16_384
+Rows = tuple[dict[str, pa.Array], int, list[str]]
+"""Columns by their names in the list, the number of rows, and the beginnings of what could not be read."""
+
+
+def read_rows(
+    path: Path, source: Source, schema: ListSchema, batch_rows: int = BATCH_ROWS
+) -> Iterator[pa.RecordBatch]:
+    """Every row of a file: url, caption, reason, detail (strings), then the extra columns under their output names.
+
+    url: as in the list, null if there is none. caption: "" if there is none. reason: null, or `unreadable_row` with
+    url null and the row's beginning as caption. An extra value that does not fit its column's type becomes null.
+    path: local copy of the source. Raises RunError when the file breaks off (its rows cannot be counted then).
+    """
+    try:
+        for columns, num_rows, unreadable in _read(path, source, schema, batch_rows):
+            yield _batch(columns, num_rows, unreadable, schema)
+    except UNREADABLE as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(
+            f"{source.name}: breaks off or is damaged ({said}); replace the file and build into another output"
+        ) from error
+
+
+def _read(path: Path, source: Source, schema: ListSchema, batch_rows: int) -> Iterator[Rows]:
+    if source.size_bytes == 0:
+        return
+    if source.format == "parquet":
+        yield from _read_parquet(path, schema, batch_rows)
+        return
+    with open_source(source, path) as file:
+        for piece in _text_pieces(file, source.format, schema, batch_rows):
+            arrays = {name: _typed(values, _type_of(name, schema)) for name, values in piece.columns.items()}
+            yield arrays, piece.num_rows, piece.unreadable
+
+
+def _text_pieces(file: Any, format: str, schema: ListSchema, batch_rows: int) -> Iterator[text.Piece]:
+    names = [schema.url, schema.caption, *schema.extras]
+    if format == "txt":
+        return text.read_lines(file, schema.url, batch_rows)
+    if format in ("csv", "tsv"):
+        return text.read_csv(file, "\t" if format == "tsv" else ",", names, batch_rows)
+    return text.read_json(file, names, batch_rows)
+
+
+def _read_parquet(path: Path, schema: ListSchema, batch_rows: int) -> Iterator[Rows]:
+    with pq.ParquetFile(path) as file:
+        names = [
+            name for name in (schema.url, schema.caption, *schema.extras) if name in file.schema_arrow.names
+        ]
+        for batch in file.iter_batches(batch_rows, columns=names):
+            columns = {name: _decoded(batch.column(name)) for name in names}
+            bad = np.zeros(batch.num_rows, bool)
+            for name in (schema.url, schema.caption):
+                columns[name], broken = _as_text(columns[name])
+                bad |= broken
+            columns = {name: _cast(column, _type_of(name, schema)) for name, column in columns.items()}
+            captions = (
+                columns[schema.caption].filter(pa.array(bad)).fill_null("").to_pylist() if bad.any() else []
+            )
+            good = {
+                name: column.filter(pa.array(~bad)) if bad.any() else column
+                for name, column in columns.items()
+            }
+            yield good, batch.num_rows - len(captions), captions
+
+
+def _batch(
+    columns: dict[str, pa.Array], num_rows: int, unreadable: list[str], schema: ListSchema
+) -> pa.RecordBatch:
+    """Rows, then the unreadable ones."""
+    none = len(unreadable)
+    captions = columns.get(schema.caption, pa.nulls(num_rows, pa.string())).fill_null("")
+    reasons = [pa.nulls(num_rows, pa.string()), pa.array([Reason.UNREADABLE_ROW.value] * none, pa.string())]
+    arrays = [
+        _extended(columns.get(schema.url), num_rows, none, pa.string()),
+        pa.concat_arrays([captions, pa.array(unreadable, pa.string())]),
+        pa.concat_arrays(reasons),
+        pa.nulls(num_rows + none, pa.string()),
+    ]
+    arrays += [_extended(columns.get(name), num_rows, none, schema.types[name]) for name in schema.extras]
+    return pa.RecordBatch.from_arrays(
+        arrays, names=["url", "caption", "reason", "detail", *schema.extras.values()]
+    )
+
+
+def _extended(column: pa.Array | None, num_rows: int, num_nulls: int, kind: pa.DataType) -> pa.Array:
+    """A column with nulls after it; all nulls if the file has no such column."""
+    if column is None:
+        return pa.nulls(num_rows + num_nulls, kind)
+    return pa.concat_arrays([column, pa.nulls(num_nulls, kind)]) if num_nulls else column
+
+
+def _type_of(name: str, schema: ListSchema) -> pa.DataType:
+    return pa.string() if name in (schema.url, schema.caption) else schema.types[name]
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    while pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(plain_type(column.type)) if column.type != plain_type(column.type) else column
+
+
+def _as_text(column: pa.Array) -> tuple[pa.Array, Any]:
+    """A column as strings, and which values are not UTF-8 (there, bad bytes are replaced)."""
+    good = np.zeros(len(column), bool)
+    try:
+        strings = column.cast(pa.string())
+        strings.validate(full=True)
+        return strings, good
+    except pa.ArrowException:
+        raw = column.cast(pa.binary()).to_pylist()
+    values = [None if value is None else value.decode("utf-8", "replace") for value in raw]
+    bad = [value is not None and not _is_utf8(value) for value in raw]
+    return pa.array(values, pa.string()), np.array(bad, bool)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """A parquet column in its unified type; text that is not UTF-8 is repaired."""
+    if pa.types.is_string(kind):
+        return _as_text(column)[0]
+    return column if column.type == kind else pc.cast(column, kind, safe=False)
+
+
+def _typed(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Python values in a column's type; those that do not fit are null."""
+    try:
+        if pa.types.is_string(kind):
+            return pa.array(values, kind)
+        if all(type(value) is not bool for value in values) or pa.types.is_boolean(kind):
+            return pa.array(values, kind)
+    except (pa.ArrowException, OverflowError, TypeError):
+        pass
+    fit = _FITS.get(kind)
+    return pa.array([fit(value) for value in values] if fit else [None] * len(values), kind)
+
+
+def _to_text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace").decode()
+
+
+def _to_int(value: Any) -> int | None:
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
+
+
+def _to_float(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and abs(value) < 2.0**1023 else None
+
+
+def _to_bool(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+_FITS: dict[pa.DataType, Callable[[Any], Any]] = {
+    pa.string(): _to_text,
+    pa.int64(): _to_int,
+    pa.float64(): _to_float,
+    pa.bool_(): _to_bool,
+}

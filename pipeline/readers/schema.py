@@ -1,0 +1,224 @@
+"""The columns of a list: found in every file's head, unified, and checked against the configuration."""
+
+import difflib
+import itertools
+import lzma
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from cluster.errors import RequestError
+from pipeline.config import ColumnsConfig, ReadConfig
+from pipeline.readers import text
+from pipeline.readers.sources import Source, open_source
+
+RESERVED = frozenset(
+    (
+        *(
+            "key",
+            "uid",
+            "order",
+            "url",
+            "caption",
+            "num_rows",
+            "status",
+            "reason",
+            "rule",
+            "score",
+            "threshold",
+        ),
+        *("detail", "http_status", "final_url", "num_redirects", "size_bytes", "sha256", "source_format"),
+        *("original_width", "original_height", "width", "height", "image_format", "is_animated", "grey_std"),
+        *(
+            "mean_red",
+            "mean_green",
+            "mean_blue",
+            "image_offset",
+            "image_size",
+            "caption_offset",
+            "caption_size",
+        ),
+        *("attempts", "seconds", "duplicate_of", "unit", "shard"),
+    )
+)
+"""Names that a list's further columns may not have in the outputs; such columns are called `source_<name>` there."""
+
+UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    lzma.LZMAError,
+    zstandard.ZstdError,
+    pa.ArrowException,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListSchema:
+    """What a list's rows look like. extras: {name in the list: name in the outputs}, in output order.
+
+    types: the Arrow type of each extra column by its name in the list.
+    """
+
+    url: str
+    caption: str
+    extras: dict[str, str]
+    types: dict[str, pa.DataType]
+
+    def fields(self) -> list[pa.Field]:
+        """The extra columns as they are in the outputs."""
+        return [pa.field(output, self.types[name]) for name, output in self.extras.items()]
+
+
+def list_schema(sources: Sequence[Source], columns: ColumnsConfig, read: ReadConfig) -> ListSchema:
+    """The columns of all files together. Reads only their heads.
+
+    Raises RequestError, naming the file, when one cannot be read, has no URL or caption column, or has a column of a
+    type that does not go with the other files'.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        heads = list(pool.map(lambda source: _probe(source, read.infer_rows), sources))
+    filled = [(source, head) for source, head in zip(sources, heads, strict=True) if head is not None]
+    if not filled:
+        raise RequestError(f"input: no rows in {', '.join(source.name for source in sources[:3])}")
+    for source, head in filled:
+        _require_columns(source, head, columns)
+    wanted = _wanted(filled, columns)
+    types = {name: _unify(name, filled) for name in wanted}
+    outputs: dict[str, str] = {}
+    for name in wanted:
+        outputs[name] = _output_name(name, {*wanted, *outputs.values()})
+    return ListSchema(url=columns.url, caption=columns.caption, extras=outputs, types=types)
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """A column's type as it is written: decoded dictionaries, one kind of string."""
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    return kind
+
+
+def infer_type(values: Iterable[Any]) -> pa.DataType:
+    """The type of a JSON column: bool, int64, double, or text (which holds anything, as JSON)."""
+    kinds = {type(value) for value in values if value is not None}
+    fits = all(-(2**63) <= value < 2**63 for value in values if type(value) is int)
+    if not kinds:
+        return pa.null()
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds == {int} and fits:
+        return pa.int64()
+    return pa.float64() if kinds <= {int, float} else pa.string()
+
+
+def _probe(source: Source, infer_rows: int) -> dict[str, pa.DataType] | None:
+    """Columns and types from a file's head; None for a file of no bytes."""
+    if source.size_bytes == 0:
+        return None
+    try:
+        return _head(source, infer_rows)
+    except UNREADABLE as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(
+            f"{source.name}: cannot be read as {source.compression or 'plain'} {source.format}: {said}"
+        ) from None
+
+
+def _head(source: Source, infer_rows: int) -> dict[str, pa.DataType] | None:
+    if source.format == "parquet":
+        with fsspec.open(source.url, "rb") as file:
+            return _distinct(source, [(field.name, plain_type(field.type)) for field in pq.read_schema(file)])
+    with open_source(source) as file:
+        if source.format == "txt":
+            file.read(1)
+            return {}
+        if source.format in ("csv", "tsv"):
+            header = text.csv_header(file, "\t" if source.format == "tsv" else ",")
+            return _distinct(source, [(name, pa.string()) for name in header]) if header else None
+        rows = list(itertools.islice(text.json_rows(file), infer_rows))
+    return _json_head(source, rows)
+
+
+def _json_head(source: Source, rows: list[Mapping[str, Any] | str]) -> dict[str, pa.DataType] | None:
+    objects = [row for row in rows if not isinstance(row, str)]
+    if rows and not objects:
+        raise RequestError(f"{source.name}: neither a JSON array of objects nor one JSON object a line")
+    names = dict.fromkeys(name for row in objects for name in row)
+    return {name: infer_type([row.get(name) for row in objects]) for name in names} if rows else None
+
+
+def _distinct(source: Source, fields: list[tuple[str, pa.DataType]]) -> dict[str, pa.DataType]:
+    names = [name for name, _ in fields]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RequestError(f"{source.name}: column {twice[0]} appears twice; rename one of them")
+    return dict(fields)
+
+
+def _require_columns(source: Source, head: dict[str, pa.DataType], columns: ColumnsConfig) -> None:
+    if source.format == "txt":
+        return
+    for role, name in (("url", columns.url), ("caption", columns.caption)):
+        if name not in head:
+            near = _nearest(name, [*head]) or _nearest({"caption": "text"}.get(role, role), [*head])
+            hint = f"columns.{role}={near}" if near else f"columns.{role}=NAME"
+            raise RequestError(
+                f"{source.name}: no column {name}; it has {', '.join(head) or 'none'}; set {hint}"
+            )
+        if pa.types.is_nested(head[name]):
+            raise RequestError(
+                f"{source.name}: column {name} holds {head[name]}, not text; set columns.{role} to a text column"
+            )
+
+
+def _wanted(filled: list[tuple[Source, dict[str, pa.DataType]]], columns: ColumnsConfig) -> list[str]:
+    """The extra columns' names, sorted, so that the order of the files does not matter."""
+    present = {name for _, head in filled for name in head} - {columns.url, columns.caption}
+    if columns.keep is None:
+        return sorted(present)
+    for name in columns.keep:
+        if name not in present:
+            near = _nearest(name, sorted(present))
+            raise RequestError(
+                f"columns.keep: no file has a further column {name}; "
+                + (f"did you mean {near}?" if near else f"there are: {', '.join(sorted(present)) or 'none'}")
+            )
+    return sorted({*columns.keep})
+
+
+def _unify(name: str, filled: list[tuple[Source, dict[str, pa.DataType]]]) -> pa.DataType:
+    unified, owner = pa.null(), filled[0][0]
+    for source, head in filled:
+        kind = head.get(name, pa.null())
+        try:
+            pair = [pa.schema([(name, unified)]), pa.schema([(name, kind)])]
+            unified = pa.unify_schemas(pair, promote_options="permissive").field(name).type
+        except pa.ArrowException:
+            raise RequestError(
+                f"{source.name}: column {name} holds {kind}, but {unified} in {owner.name}; "
+                "make them the same, or leave the column out with columns.keep"
+            ) from None
+        owner = source if kind == unified else owner
+    return pa.string() if pa.types.is_null(unified) else plain_type(unified)
+
+
+def _output_name(name: str, taken: set[str]) -> str:
+    output = name
+    while output in RESERVED or (output != name and output in taken):
+        output = f"source_{output}"
+    return output
+
+
+def _nearest(wrong: str, names: list[str]) -> str:
+    by_lower = {name.lower(): name for name in reversed(names)}
+    close = difflib.get_close_matches(wrong.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else ""

@@ -1,0 +1,166 @@
+"""Which files a list consists of, what they are, and how to open them."""
+
+import bz2
+import contextlib
+import difflib
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import posixpath
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import zstandard
+from fsspec.implementations.local import LocalFileSystem
+
+from cluster.errors import RequestError
+
+FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "txt",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+COPY_BYTES = 4 * 2**20
+BUFFER_BYTES = 2**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One file of a list. `url` opens it from any machine; `name` tells it apart and holds no absolute path."""
+
+    url: str
+    name: str
+    format: str
+    compression: str
+    size_bytes: int
+
+
+def list_sources(patterns: Sequence[str], format: str = "auto") -> tuple[Source, ...]:
+    """The files that names, globs and folders stand for: in the order given, folders and globs sorted, each once.
+
+    Folders are searched for files of the formats above (all files when a format is given); names that begin with
+    "." or "_" are left out. Raises RequestError when a pattern stands for nothing or a format is not known.
+    """
+    found: dict[str, Source] = {}
+    for pattern in patterns:
+        for source in _expand(pattern, format):
+            found.setdefault(source.url, source)
+    return tuple(found.values())
+
+
+def open_source(source: Source, path: Path | None = None) -> io.BufferedReader:
+    """The file's bytes, decompressed; from a local copy if there is one."""
+    raw: Any = open(path, "rb") if path else fsspec.open(source.url, "rb").open()  # noqa: SIM115
+    if source.compression == "gzip":
+        raw = gzip.GzipFile(fileobj=raw)
+    elif source.compression == "zstd":
+        raw = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    elif source.compression == "bzip2":
+        raw = bz2.open(raw)
+    elif source.compression == "xz":
+        raw = lzma.open(raw)  # noqa: SIM115
+    return io.BufferedReader(raw, BUFFER_BYTES)
+
+
+@contextlib.contextmanager
+def local_copy(source: Source) -> Iterator[tuple[Path, str]]:
+    """A local path of the file's bytes as stored, and their hex sha256; a copy that was made is removed."""
+    fs, path = fsspec.core.url_to_fs(source.url)
+    if isinstance(fs, LocalFileSystem):
+        with open(path, "rb") as file:
+            yield Path(path), hashlib.file_digest(file, "sha256").hexdigest()
+        return
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix="pairmill-") as folder:
+        copy = Path(folder) / "list"
+        with fs.open(path, "rb") as remote, open(copy, "wb") as local:
+            while piece := remote.read(COPY_BYTES):
+                digest.update(piece)
+                local.write(piece)
+        yield copy, digest.hexdigest()
+
+
+def _expand(pattern: str, format: str) -> list[Source]:
+    try:
+        fs, path = fsspec.core.url_to_fs(os.path.expanduser(pattern))
+    except (ValueError, ImportError) as error:
+        raise RequestError(f"input={pattern}: cannot open this location: {error}") from None
+    try:
+        files, root, chosen = _search(fs, str(path), format)
+        sources = [_describe(fs, file, root, format, chosen) for file in files]
+    except (OSError, ValueError) as error:
+        raise RequestError(f"input={pattern}: cannot be listed: {_one_line(error)}") from None
+    if not sources:
+        raise RequestError(f"input={pattern}: {_nothing(fs, str(path), chosen)}")
+    return sources
+
+
+def _search(fs: Any, path: str, format: str) -> tuple[list[str], str, bool]:
+    """(files, the folder that their names are relative to, whether they were chosen by the user one by one)."""
+    is_web = "http" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+    if not is_web and any(mark in path for mark in "*?[") and not fs.exists(path):
+        fixed = path[: min(path.index(mark) for mark in "*?[" if mark in path)]
+        matches = [file for file in sorted(fs.glob(path)) if not _is_hidden(posixpath.basename(file))]
+        return matches, posixpath.dirname(fixed), True
+    if not is_web and fs.isdir(path):
+        inside = sorted(fs.find(path))
+        visible = [file for file in inside if not _is_hidden(file[len(path.rstrip("/")) :])]
+        return [file for file in visible if format != "auto" or _guess(file)[0]], path, False
+    return ([path] if fs.exists(path) else []), posixpath.dirname(path), True
+
+
+def _describe(fs: Any, file: str, root: str, format: str, chosen: bool) -> Source:
+    guessed, compression = _guess(file)
+    if format == "auto" and not guessed:
+        raise RequestError(
+            f"input={file}: cannot tell the format from the name (known: {', '.join(FORMATS)}, each also with "
+            f"{', '.join(COMPRESSIONS)}); set read.format"
+        )
+    return Source(
+        url=fs.unstrip_protocol(file),
+        name=posixpath.relpath(file, root) if root else file.lstrip("/"),
+        format=guessed if format == "auto" else format,
+        compression=compression,
+        size_bytes=int(fs.size(file) or 0),
+    )
+
+
+def _guess(file: str) -> tuple[str, str]:
+    """(format, compression) by the name's endings, each "" if unknown."""
+    stem, ending = posixpath.splitext(posixpath.basename(file).lower())
+    compression = COMPRESSIONS.get(ending, "")
+    if compression:
+        ending = posixpath.splitext(stem)[1]
+    return FORMATS.get(ending, ""), compression
+
+
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.split("/") if part)
+
+
+def _nothing(fs: Any, path: str, chosen: bool) -> str:
+    if not chosen:
+        return f"no list in this folder (looked for {', '.join(FORMATS)})"
+    with contextlib.suppress(OSError, NotImplementedError):
+        siblings = [
+            posixpath.basename(str(name).rstrip("/")) for name in fs.ls(posixpath.dirname(path), detail=False)
+        ]
+        if close := difflib.get_close_matches(posixpath.basename(path), siblings, n=1):
+            return f"no such file; did you mean {close[0]}?"
+    return "no such file, folder or match"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
