@@ -1,6 +1,6 @@
 """The plan: every input row in a seeded random order, identical pairs collapsed, cut into fetch units.
 
-Stage `plan-read`, one unit per source file (unit id `00000`, `00001`, ... in source order):
+Stage `plan-read`, one unit per source file (unit id `00000-<hash of name and size>`, ... in source order):
     rows.parquet   sorted runs of PLANNED rows (below, with `order`), a bounded number of rows in memory
     source.json    {"path", "size_bytes", "sha256", "num_rows"}: the entry of `Manifest.sources`
     counts         rows (input rows), pairs (rows written)
@@ -26,3 +26,229 @@ PLANNED columns
 The plan depends on the rows, the seed and the plan.* settings only: not on how rows are spread over files, their
 order, or the number of workers. (Extra columns of identical pairs are those of the first row of the first source.)
 """
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster.errors import RequestError
+from cluster.executor import Unit
+from cluster.journal import Journal, Marker, UnitOutput
+from cluster.store import Store
+from pipeline.config import BuildConfig, CurateConfig
+from pipeline.identity import keys_of_text, order_of, range_bounds, uid_keys, uid_text
+from pipeline.readers import ListSchema, Source, list_schema, list_sources, local_copy, read_rows
+from pipeline.reasons import Reason
+from pipeline.screen import screen
+from pipeline.urls import url_problems
+
+RUN_ROWS = 262_144
+RUN_BYTES = 256 * 2**20
+READ_GROUP_ROWS = 8_192
+"""Rows in a row group of a sorted run: a range task reads little beyond its range."""
+BYTES_PER_ROW = 2_048
+"""Memory declared for a row that is sorted: about 0.3 KB of data, held up to four times."""
+
+PLANNED = pa.schema(
+    [
+        pa.field("uid", pa.string()),
+        pa.field("order", pa.uint64()),
+        pa.field("url", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("num_rows", pa.int64()),
+        pa.field("reason", pa.string()),
+        pa.field("rule", pa.string()),
+        pa.field("score", pa.float64()),
+        pa.field("threshold", pa.float64()),
+        pa.field("detail", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadStage:
+    """Stage `plan-read`: a source file's rows, with identity and place, in sorted runs."""
+
+    sources: tuple[Source, ...]
+    schema: ListSchema
+    seed: int
+    name: str = "plan-read"
+    num_cpus: float = 1.0
+    memory_bytes: int = RUN_BYTES * 4
+
+    @staticmethod
+    def of(config: BuildConfig) -> "ReadStage":
+        """Look at the lists. Raises RequestError when one is missing, unreadable or lacks a column."""
+        sources = list_sources(config.input, config.read.format)
+        return ReadStage(
+            sources=sources, schema=list_schema(sources, config.columns, config.read), seed=config.seed
+        )
+
+    def units(self) -> list[Unit]:
+        return [
+            Unit(id=f"{index:05d}-{_fingerprint(source)}", params={"source": index})
+            for index, source in enumerate(self.sources)
+        ]
+
+    def refuse_changed(self, journal: Journal) -> None:
+        """Raise RequestError when an earlier run of the same build read other files than there are now."""
+        _refuse_changed(journal, [unit.id for unit in self.units()])
+
+    def run(self, unit: Unit, output: UnitOutput) -> None:
+        source = self.sources[unit.params["source"]]
+        num_rows = num_pairs = 0
+        with (
+            local_copy(source) as (path, sha256),
+            _writer(output.path("rows.parquet"), self._planned()) as writer,
+        ):
+            batches = (self._plan(batch) for batch in read_rows(path, source, self.schema))
+            for run in _runs(batches):
+                ordered = collapse(run)
+                writer.write_table(ordered, row_group_size=READ_GROUP_ROWS)
+                num_rows += run.num_rows
+                num_pairs += ordered.num_rows
+        entry = {"path": source.name, "size_bytes": source.size_bytes, "sha256": sha256, "num_rows": num_rows}
+        output.path("source.json").write_text(json.dumps(entry, indent=1, sort_keys=True))
+        output.count("rows", num_rows)
+        output.count("pairs", num_pairs)
+
+    def _planned(self) -> pa.Schema:
+        return pa.schema([*PLANNED, *self.schema.fields()])
+
+    def _plan(self, batch: pa.RecordBatch) -> pa.Table:
+        """Rows as they were read -> PLANNED rows, one for each."""
+        urls = pc.utf8_trim_whitespace(batch.column("url"))
+        urls = pc.if_else(pc.equal(urls, ""), pa.scalar(None, pa.string()), urls)
+        is_unreadable = batch.column("reason").is_valid()
+        keys = uid_keys(pc.if_else(is_unreadable, Reason.UNREADABLE_ROW.value, urls), batch.column("caption"))
+        reasons, details = url_problems(urls)
+        none = len(urls)
+        columns = {
+            "uid": uid_text(keys),
+            "order": pa.array(order_of(keys, self.seed)),
+            "url": urls,
+            "caption": batch.column("caption"),
+            "num_rows": pa.array(np.ones(none, np.int64)),
+            "reason": pc.coalesce(batch.column("reason"), pa.array(reasons, pa.string())),
+            "rule": pa.nulls(none, pa.string()),
+            "score": pa.nulls(none, pa.float64()),
+            "threshold": pa.nulls(none, pa.float64()),
+            "detail": pc.coalesce(batch.column("detail"), pa.array(details, pa.string())),
+        }
+        extras = {field.name: batch.column(field.name) for field in self.schema.fields()}
+        return pa.table({**columns, **extras}, schema=self._planned())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderStage:
+    """Stage `plan-order`: one range of the order from all sources, collapsed, screened and cut into units."""
+
+    store: Store
+    runs: tuple[str, ...]
+    num_ranges: int
+    rows_per_unit: int
+    curate: CurateConfig
+    memory_bytes: int
+    name: str = "plan-order"
+    num_cpus: float = 1.0
+
+    @staticmethod
+    def of(config: BuildConfig, store: Store, sources: Mapping[str, Marker]) -> "OrderStage":
+        """Plan from the markers of `plan-read`. Raises RequestError when the lists are empty or were changed."""
+        _refuse_changed(Journal(store), list(sources))
+        num_rows = sum(marker.counts["rows"] for marker in sources.values())
+        if num_rows == 0:
+            raise RequestError(f"input={', '.join(config.input)}: the lists have no rows")
+        per_range = config.plan.rows_per_range
+        return OrderStage(
+            store=store,
+            runs=tuple(marker.path_of("rows.parquet") for marker in sources.values()),
+            num_ranges=-(-num_rows // per_range),
+            rows_per_unit=config.plan.rows_per_unit,
+            curate=config.curate,
+            memory_bytes=min(num_rows, per_range) * BYTES_PER_ROW + RUN_BYTES,
+        )
+
+    def units(self) -> list[Unit]:
+        return [
+            Unit(id=f"{index:05d}", params={"first": first, "last": last})
+            for index, (first, last) in enumerate(range_bounds(self.num_ranges))
+        ]
+
+    def run(self, unit: Unit, output: UnitOutput) -> None:
+        first, last = unit.params["first"], unit.params["last"]
+        parts = [part for path in self.runs for part in self._read(path, first, last)]
+        table = screen(collapse(pa.concat_tables(parts)), self.curate)
+        with _writer(output.path("rows.parquet"), table.schema) as writer:
+            for start in range(0, table.num_rows, self.rows_per_unit):
+                writer.write_table(table.slice(start, self.rows_per_unit), row_group_size=self.rows_per_unit)
+        output.count("rows", int(pc.sum(table["num_rows"]).as_py() or 0))
+        output.count("pairs", table.num_rows)
+        output.count("units", -(-table.num_rows // self.rows_per_unit))
+        for reason, number in zip(table["reason"].to_pylist(), table["num_rows"].to_pylist(), strict=True):
+            if reason is not None:
+                output.count(f"reason:{reason}", number)
+
+    def _read(self, path: str, first: int, last: int) -> Iterator[pa.Table]:
+        """A source's rows whose order lies in [first, last]."""
+        with self.store.open(path) as raw, pq.ParquetFile(raw) as file:
+            column = file.schema_arrow.get_field_index("order")
+            yield file.schema_arrow.empty_table()
+            for group in range(file.num_row_groups):
+                seen = file.metadata.row_group(group).column(column).statistics
+                if seen.min <= last and seen.max >= first:
+                    table = file.read_row_group(group)
+                    order = table["order"].to_numpy()
+                    yield table.filter(pa.array((order >= np.uint64(first)) & (order <= np.uint64(last))))
+
+
+def collapse(table: pa.Table) -> pa.Table:
+    """PLANNED rows in (order, uid) order, equal uids made one: `num_rows` summed, the rest from the first of them."""
+    if table.num_rows == 0:
+        return table
+    keys = keys_of_text(table["uid"].combine_chunks())
+    by_place = np.lexsort((keys[:, 1], keys[:, 0], table["order"].to_numpy()))
+    keys = keys[by_place]
+    is_first = np.append(True, (keys[1:] != keys[:-1]).any(axis=1))
+    firsts = np.flatnonzero(is_first)
+    num_rows = np.add.reduceat(table["num_rows"].to_numpy()[by_place], firsts)
+    kept = table.take(pa.array(by_place[firsts]))
+    return kept.set_column(
+        kept.schema.get_field_index("num_rows"), "num_rows", pa.array(num_rows, pa.int64())
+    )
+
+
+def _runs(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Tables gathered up to what may be held in memory."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(part.num_rows for part in held) >= RUN_ROWS or sum(part.nbytes for part in held) >= RUN_BYTES:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _writer(path: Path, schema: pa.Schema) -> Any:
+    return pq.ParquetWriter(path, schema, compression="zstd")
+
+
+def _fingerprint(source: Source) -> str:
+    return hashlib.sha256(f"{source.name}\n{source.size_bytes}".encode()).hexdigest()[:8]
+
+
+def _refuse_changed(journal: Journal, units: Sequence[str]) -> None:
+    if others := sorted({*journal.markers("plan-read")} - {*units}):
+        raise RequestError(
+            f"input: the lists are not those that this run began with (list {int(others[0][:5]) + 1} was another file "
+            "or had another size); put them back, or choose another output"
+        )

@@ -68,7 +68,7 @@ def open_source(source: Source, path: Path | None = None) -> io.BufferedReader:
     elif source.compression == "zstd":
         raw = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
     elif source.compression == "bzip2":
-        raw = bz2.open(raw)
+        raw = bz2.open(raw)  # noqa: SIM115
     elif source.compression == "xz":
         raw = lzma.open(raw)  # noqa: SIM115
     return io.BufferedReader(raw, BUFFER_BYTES)

@@ -1,0 +1,80 @@
+"""Which URLs can be requested, and in which spelling they go to the server."""
+
+from urllib.parse import quote, urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.reasons import Reason
+
+MAX_URL_CHARS = 8_192
+_PLAIN = r"^https?://[A-Za-z0-9]([A-Za-z0-9.-]{0,200}[A-Za-z0-9])?(:[0-9]{1,4})?(/[!$-;=?-Z_a-z~]*)?$"
+_KEPT = "!#$%&'()*+,-./:;=?@[]_~"
+"""Characters of a path and query that are sent as they are; `%` because most URLs are quoted already."""
+
+
+class UrlError(ValueError):
+    """The URL cannot be requested. `reason` is the row's reason."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def clean_url(text: str) -> str:
+    """The URL as it is sent: no blanks around, IDN host in ASCII, other characters percent-encoded, no fragment.
+
+    Raises UrlError for another scheme, a missing host, control characters or an endless URL.
+    """
+    text = text.strip()
+    if len(text) > MAX_URL_CHARS:
+        raise UrlError(Reason.INVALID_URL, f"longer than {MAX_URL_CHARS} characters")
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        raise UrlError(Reason.INVALID_URL, "contains control characters")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise UrlError(Reason.INVALID_URL, str(error)) from None
+    if parts.scheme and parts.scheme not in ("http", "https"):
+        raise UrlError(Reason.UNSUPPORTED_SCHEME, f"scheme {parts.scheme}"[:100])
+    if not parts.scheme or not parts.hostname:
+        raise UrlError(Reason.INVALID_URL, "no http(s)://host in it")
+    authority = _host(parts.hostname) + (f":{port}" if port is not None else "")
+    if "@" in parts.netloc:
+        authority = quote(parts.netloc.rpartition("@")[0], safe=_KEPT) + "@" + authority
+    query = f"?{quote(parts.query, safe=_KEPT)}" if parts.query else ""
+    return f"{parts.scheme}://{authority}{quote(parts.path, safe=_KEPT) or '/'}{query}"
+
+
+def url_problems(urls: pa.StringArray) -> tuple[list[str | None], list[str | None]]:
+    """(reason, detail) of each URL that cannot be requested, None for the others; null URLs are `missing_url`."""
+    reasons: list[str | None] = [None] * len(urls)
+    details: list[str | None] = [None] * len(urls)
+    is_short = pc.less_equal(pc.utf8_length(urls), MAX_URL_CHARS)
+    plain = pc.and_(pc.match_substring_regex(urls, _PLAIN), is_short).fill_null(False)
+    for index in pc.indices_nonzero(pc.invert(plain)).to_pylist():
+        url = urls[index].as_py()
+        if url is None:
+            reasons[index] = Reason.MISSING_URL.value
+            continue
+        try:
+            clean_url(url)
+        except UrlError as error:
+            reasons[index], details[index] = error.reason.value, str(error)
+    return reasons, details
+
+
+def _host(host: str) -> str:
+    if ":" in host:
+        return f"[{host}]"
+    if host.isascii():
+        name = host
+    else:
+        try:
+            name = host.encode("idna").decode()
+        except UnicodeError:
+            raise UrlError(Reason.INVALID_URL, "the host is not a valid international name") from None
+    if len(name) > 253 or not all(char.isalnum() or char in "-._" for char in name):
+        raise UrlError(Reason.INVALID_URL, "the host is not a valid name")
+    return name
