@@ -23,7 +23,8 @@ def bits(seed: int, sample_ids_B: Tensor, epoch_B: Tensor, stream: str, n: int) 
     independent of each other.
     """
     device = sample_ids_B.device
-    start = _mix(torch.tensor(_signed(seed) ^ _stream_key(stream), dtype=torch.int64, device=device))
+    # Hashed on the host: a tensor made there would cost a copy to the device.
+    start = int(_mix(torch.tensor(_signed(seed) ^ _stream_key(stream), dtype=torch.int64)))
     state_B = _mix(_mix(start + sample_ids_B) + epoch_B.to(device))
     index_n = torch.arange(1, n + 1, dtype=torch.int64, device=device) * _signed(_GAMMA)
     return _mix(state_B[:, None] + index_n)

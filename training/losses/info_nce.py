@@ -20,7 +20,7 @@ def info_nce(image_BD: Tensor, text_BD: Tensor, images: Gathered, texts: Gathere
     own_B = own_rows(image_BD, texts)
     i2t = functional.cross_entropy(scale * product(image_BD, texts.features), own_B, reduction="sum")
     t2i = functional.cross_entropy(scale * product(text_BD, images.features), own_B, reduction="sum")
-    return LossSum((i2t + t2i) / 2, torch.tensor(len(image_BD), device=image_BD.device))
+    return LossSum((i2t + t2i) / 2, torch.full((), len(image_BD), device=image_BD.device))
 
 
 def own_rows(features_BD: Tensor, gathered: Gathered) -> Tensor:
