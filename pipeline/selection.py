@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cluster.journal import Marker
 from cluster.store import Store
-from pipeline.buckets import Records, read_bucket
+from pipeline.buckets import Records, read_bucket, read_bucket_sizes
 
 # A dropped row of a fetch unit and the uid of the sample that represents it.
 DUPLICATE = np.dtype([("row", "<u4"), ("uid_high", "<u8"), ("uid_low", "<u8")])
@@ -60,6 +60,14 @@ def survivors(store: Store, unit: DecidedUnit, duplicates: Duplicates) -> NDArra
     kept: NDArray[np.int64] = np.load(io.BytesIO(store.read_bytes(unit.kept))).astype(np.int64)
     dropped = duplicates.of_unit(store, unit.index)["row"]
     return kept[~np.isin(kept, dropped)]
+
+
+def num_dropped(store: Store, duplicates: Duplicates) -> NDArray[np.int64]:
+    """[units] how many rows of each fetch unit are duplicates."""
+    total = np.zeros(duplicates.num_units, np.int64)
+    for path in duplicates.paths:
+        total += read_bucket_sizes(store, path, duplicates.num_units)
+    return total
 
 
 def read_table(store: Store, path: str, columns: Sequence[str] | None = None) -> pa.Table:

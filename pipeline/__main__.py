@@ -1,0 +1,117 @@
+"""`python -m pipeline build|verify|explain|report ...`, which the `pairmill` command runs."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.cli import run_reporting_errors
+from cluster.config import Config, help_text, parse
+from cluster.errors import EXIT_DONE, RequestError
+from cluster.session import interrupt_on_sigterm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A subcommand: its usage, the keys that plain words stand for, and where its code is."""
+
+    usage: str
+    about: str
+    words: tuple[str, ...]
+    load: Callable[[], tuple[type[Config], Callable[[Any], int]]]
+
+
+def _build() -> tuple[type[Config], Callable[[Any], int]]:
+    from pipeline.build import build_command
+    from pipeline.config import BuildConfig
+
+    return BuildConfig, build_command
+
+
+def _verify() -> tuple[type[Config], Callable[[Any], int]]:
+    from pipeline.verify import VerifyConfig, verify_command
+
+    return VerifyConfig, verify_command
+
+
+def _explain() -> tuple[type[Config], Callable[[Any], int]]:
+    from pipeline.explain import ExplainConfig, explain_command
+
+    return ExplainConfig, explain_command
+
+
+def _report() -> tuple[type[Config], Callable[[Any], int]]:
+    from pipeline.report import ReportConfig, report_command
+
+    return ReportConfig, report_command
+
+
+COMMANDS = {
+    "build": Command(
+        usage="[CONFIG.yaml] input=LIST output=OUT [key=value ...]",
+        about="Turns URL lists into a dataset. The same command goes on with a build that was stopped.",
+        words=(),
+        load=_build,
+    ),
+    "verify": Command(
+        usage="OUT [key=value ...]",
+        about="Checks every file of a dataset against its manifest and says what is damaged and what to do.",
+        words=("dataset",),
+        load=_verify,
+    ),
+    "explain": Command(
+        usage="OUT UID|URL",
+        about="Tells what became of a pair, and why.",
+        words=("dataset", "pair"),
+        load=_explain,
+    ),
+    "report": Command(
+        usage="OUT [key=value ...]",
+        about="Writes OUT/report/index.html, a page about the dataset that needs no network to view.",
+        words=("dataset",),
+        load=_report,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status (0 done, 1 failed, 2 bad request, 130 interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words else ""
+    if name not in COMMANDS:
+        print(f"usage: python -m pipeline {'|'.join(COMMANDS)} ...", file=sys.stderr)
+        return RequestError.exit_status
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    interrupt_on_sigterm()
+    return run_reporting_errors(f"pairmill {name}", lambda: _run(name, COMMANDS[name], words))
+
+
+def _run(name: str, command: Command, words: list[str]) -> int:
+    model, action = command.load()
+    if "--help" in words or "-h" in words:
+        print(f"usage: pairmill {name} {command.usage}\n\n{command.about}\n\nkeys:\n{help_text(model)}")
+        return EXIT_DONE
+    return action(parse(model, _as_settings(command, words)))
+
+
+def _as_settings(command: Command, words: Sequence[str]) -> list[str]:
+    """Plain words become the settings they stand for, in order: `explain OUT UID` is `dataset=OUT pair=UID`.
+
+    They are quoted, so that a uid of digits stays text.
+    """
+    if not command.words:
+        return list(words)
+    free = list(command.words)
+    return [f"{free.pop(0)}={json.dumps(word)}" if free and _is_plain(word, command) else word for word in words]
+
+
+def _is_plain(word: str, command: Command) -> bool:
+    """Whether a word is not a setting itself; a URL may hold an equals sign."""
+    name = word.partition("=")[0]
+    return "=" not in word or "/" in name or ":" in name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

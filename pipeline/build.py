@@ -1,0 +1,135 @@
+"""`pairmill build`: URL lists to a dataset, one stage after the other. Running it again goes on where it stopped."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.errors import EXIT_DONE
+from cluster.executor import Executor, run_stage
+from cluster.journal import Marker
+from cluster.progress import Progress
+from cluster.run import Run, open_run
+from cluster.session import ray_session
+from cluster.store import Store
+from pipeline.config import BuildConfig
+from pipeline.decide import DecideStage
+from pipeline.dedup import DedupStage, num_partitions
+from pipeline.fetch import FetchStage
+from pipeline.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pipeline.pack import PackStage, cut_shards
+from pipeline.plan import OrderStage, ReadStage
+from pipeline.publish import make_manifest, publish, refuse_empty
+from pipeline.record import RecordStage, total_counts
+from pipeline.report import REPORT_FILE, write_report
+from pipeline.rules import rules_of
+from pipeline.selection import DecidedUnit, Duplicates, num_dropped
+from pipeline.timings import Timing, add_timing, images_per_s, read_timings
+
+
+def build_command(config: BuildConfig) -> int:
+    """Build (or go on building, or only find) a dataset, and print where everything is."""
+    read = ReadStage.of(config)  # looks at the lists: nothing is written when one is missing or unreadable
+    run = open_run(config.output, "build", config)
+    read.refuse_changed(run.journal)
+    if run.store.exists(MANIFEST_FILE):
+        manifest = read_manifest(config.output)[1]
+        if not run.store.exists(REPORT_FILE):
+            write_report(run.store)
+        print("already done; nothing was changed")
+        print_summary(run.store, manifest)
+        return EXIT_DONE
+    with ray_session(config.ray) as executor, Progress(title=f"build {run.store.url}") as progress:
+        manifest = Build(config, run, executor, progress).run(read)
+    write_report(run.store)
+    print_summary(run.store, manifest)
+    return EXIT_DONE
+
+
+class Build:
+    """The sequence of stages of one build. Every stage is planned from the markers of those before it."""
+
+    def __init__(self, config: BuildConfig, run: Run, executor: Executor, progress: Progress) -> None:
+        self._config = config
+        self._store = run.store
+        self._journal = run.journal
+        self._executor = executor
+        self._progress = progress
+
+    def run(self, read: ReadStage) -> Manifest:
+        """Do what is left of every stage and publish the manifest. RunError if no pair is kept."""
+        config, store = self._config, self._store
+        sources = self._stage(read)
+        ordered = self._stage(OrderStage.of(config, store, sources))
+        fetched = self._stage(FetchStage.of(config, store, ordered))
+        num_downloaded = sum(marker.counts.get("reason:ok", 0) for marker in fetched.values())
+        rules, partitions = rules_of(config.curate), num_partitions(num_downloaded)
+        decided = self._stage(DecideStage.of(store, list(fetched.values()), rules, partitions))
+        keys = tuple(marker.path_of("keys.bin") for marker in decided.values())
+        deduped: dict[str, Marker] = {}
+        if config.dedup.exact:
+            deduped = self._stage(DedupStage(store=store, keys=keys, partitions=partitions))
+        packed, recorded = self._write(fetched, decided, deduped)
+        refuse_empty(total_counts(recorded), config.input)
+        manifest = make_manifest(store, config, list(sources.values()), list(packed.values()), recorded)
+        for stage in ("plan-read", "plan-order", "fetch", "decide", "dedup", "pack", "record"):
+            self._journal.sweep(stage)
+        publish(store, manifest)
+        return manifest
+
+    def _write(
+        self, fetched: Mapping[str, Marker], decided: Mapping[str, Marker], deduped: Mapping[str, Marker]
+    ) -> tuple[dict[str, Marker], dict[str, Marker]]:
+        """Stages pack and record."""
+        size = self._config.pack.samples_per_shard
+        units = tuple(DecidedUnit.of(index, fetched[name], decided[name]) for index, name in enumerate(fetched))
+        duplicates = Duplicates(
+            paths=tuple(marker.path_of("duplicates.bin") for marker in deduped.values()), num_units=len(units)
+        )
+        dropped = num_dropped(self._store, duplicates)
+        num_kept = [decided[unit.id].counts["kept"] - dropped[unit.index] for unit in units]
+        shards = tuple(tuple(parts) for parts in cut_shards(units, num_kept, size))
+        pack = PackStage(store=self._store, shards=shards, duplicates=duplicates, samples_per_shard=size)
+        record = RecordStage(
+            store=self._store,
+            decided=units,
+            num_kept=tuple(num_kept),
+            duplicates=duplicates,
+            samples_per_shard=size,
+        )
+        return self._stage(pack), self._stage(record)
+
+    def _stage(self, stage: Any) -> dict[str, Marker]:
+        """Run a `Stage` (a frozen one, whose members the protocol would have settable) and note what it took."""
+        done_before = self._journal.markers(stage.name)
+        started = time.monotonic()
+        markers = run_stage(stage, self._journal, self._executor, self._progress)
+        new = [marker for unit, marker in markers.items() if unit not in done_before]
+        if new:
+            timing = Timing(
+                stage=stage.name,
+                wall_s=round(time.monotonic() - started, 3),
+                num_units=len(new),
+                num_rows=sum(marker.counts.get("rows", 0) for marker in new),
+                num_images=sum(marker.counts.get("reason:ok", 0) for marker in new),
+            )
+            add_timing(self._store, timing)
+        return markers
+
+
+def print_summary(store: Store, manifest: Manifest) -> None:
+    """Where everything is, what became of the rows, and how fast it went."""
+    ordered = sorted(manifest.counts.items(), key=lambda item: (item[0] != "kept", -item[1], item[0]))
+    counts = ", ".join(f"{name} {number:,}" for name, number in ordered)
+    print(f"rows: {manifest.num_input_rows:,} = {counts}")
+    if rate := images_per_s(read_timings(store)):
+        print(f"fetch: {rate:,.1f} images/s")
+    print(f"dataset: {store.url} ({manifest.num_samples:,} samples in {len(manifest.shards):,} shards)")
+    print(f"shards: {store.url_of('shards')}/{{{shard_range(manifest)}}}.tar")
+    print(f"manifest: {store.url_of(MANIFEST_FILE)}")
+    print(f"record: {store.url_of('record')} (what became of every pair; `pairmill explain` reads it)")
+    print(f"report: {store.url_of(REPORT_FILE)}")
+
+
+def shard_range(manifest: Manifest) -> str:
+    """The names of the shards the way webdataset and a shell expand them, such as `00000..00009`."""
+    return f"{manifest.shards[0].index:05}..{manifest.shards[-1].index:05}"

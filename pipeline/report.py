@@ -1,0 +1,272 @@
+"""`OUT/report/index.html`: what is in a dataset, what is not, and why, on one page that needs no network."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from cluster.config import REQUIRED, Config, flatten, key
+from cluster.errors import EXIT_DONE
+from cluster.journal import Journal
+from cluster.report import Card, Section, cards_html, environment, render_page, sections_json, table_html
+from cluster.run import read_run
+from cluster.store import Store
+from pipeline.config import BuildConfig
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.reasons import Reason
+from pipeline.report_data import (
+    Sampled,
+    Step,
+    by_host,
+    by_http_status,
+    meaning,
+    sample_rows,
+    steps_of,
+    thumbnail,
+)
+from pipeline.report_figures import histograms_html
+from pipeline.timings import images_per_s, read_timings
+
+REPORT_FILE = "report/index.html"
+SECTIONS_FILE = "report/sections.json"
+NUM_KEPT_SHOWN = 32
+NUM_DROPPED_SHOWN = 6
+MAX_CAPTION_CHARS = 160
+STAGES = ("plan-read", "plan-order", "fetch", "decide", "dedup", "pack", "record")
+_TEMPLATES = environment(Path(__file__).parent / "templates")
+
+
+class ReportConfig(Config):
+    """`pairmill report OUT`."""
+
+    dataset: str = key(REQUIRED, "folder or URL of a finished dataset", min_length=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A pair to show: `image` is a data: URL, or empty when there is no image."""
+
+    image: str
+    caption: str
+    note: str
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropGroup:
+    """Examples of one reason: side by side with the kept sample, as pictures, or as text."""
+
+    reason: str
+    meaning: str
+    num_rows: int
+    pairs: tuple[tuple[Picture, Picture], ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    rows: tuple[Picture, ...] = ()
+
+
+def report_command(config: ReportConfig) -> int:
+    """Write a dataset's report again and say where it is."""
+    store, _ = read_manifest(config.dataset)
+    write_report(store)
+    print(f"report: {store.url_of(REPORT_FILE)}")
+    return EXIT_DONE
+
+
+def write_report(store: Store) -> None:
+    """Make the page, and its sections for pages that join several reports."""
+    _, manifest = read_manifest(store.url)
+    sections = dataset_sections(store, manifest)
+    lead = f"{manifest.num_samples:,} image-text pairs in {store.url}"
+    store.write_bytes(SECTIONS_FILE, sections_json(sections))
+    store.write_bytes(REPORT_FILE, render_page("Dataset report", sections, lead=lead).encode())
+
+
+def dataset_sections(store: Store, manifest: Manifest) -> list[Section]:
+    """Every section of the page, in order."""
+    sampled, steps = sample_rows(store), steps_of(store, manifest)
+    return [
+        Section(title="Totals", html=_totals(store, manifest)),
+        Section(title="What became of every row", html=_funnel(manifest, steps)),
+        Section(title="Kept samples", html=_kept(store, sampled)),
+        Section(title="Dropped pairs", html=_dropped(store, sampled, steps)),
+        Section(title="Distributions", html=_note(sampled, "kept samples") + histograms_html(sampled)),
+        Section(title="Servers", html=_note(sampled, "pairs") + _servers(sampled)),
+        Section(title="Speed", html=_speed(store)),
+        Section(title="Settings", html=_settings(store, manifest)),
+    ]
+
+
+def _totals(store: Store, manifest: Manifest) -> str:
+    size_bytes = sum(shard.tar.size_bytes + shard.parquet.size_bytes for shard in manifest.shards)
+    share = manifest.num_samples / manifest.num_input_rows
+    rate = images_per_s(read_timings(store))
+    per_shard = max(shard.num_samples for shard in manifest.shards)
+    return cards_html(
+        [
+            Card(label="rows in the lists", value=f"{manifest.num_input_rows:,}", note=_lists(manifest)),
+            Card(label="samples kept", value=f"{manifest.num_samples:,}", note=f"{share:.1%} of the rows"),
+            Card(label="shards", value=f"{len(manifest.shards):,}", note=f"{per_shard:,} samples each"),
+            Card(label="on disk", value=_size(size_bytes), note=f"{_size(size_bytes / manifest.num_samples)} a pair"),
+            Card(label="images/s", value=f"{rate:,.0f}" if rate else "-", note="downloaded and decoded"),
+        ]
+    )
+
+
+def _funnel(manifest: Manifest, steps: list[Step]) -> str:
+    phases = [(phase, list(group)) for phase, group in groupby(steps, key=lambda step: step.phase)]
+    kept, total = manifest.counts["kept"], manifest.num_input_rows
+    page = _TEMPLATES.get_template("funnel.html").render(total=total, kept=kept, phases=phases)
+    return (
+        "<p>Every row of the lists is in exactly one line. <code>pairmill explain OUT URL</code> "
+        f"tells the story of a single one.</p>{page}"
+    )
+
+
+def _kept(store: Store, sampled: Sampled) -> str:
+    rows = _head(sampled, NUM_KEPT_SHOWN, "kept")
+    pictures = [picture for row in rows if (picture := _picture(store, sampled, row, _size_note(row))).image]
+    if not pictures:
+        return '<p class="quiet">The downloaded images are not in work/ any more; see the shards.</p>'
+    return _TEMPLATES.get_template("pictures.html").render(pictures=pictures)
+
+
+def _dropped(store: Store, sampled: Sampled, steps: Iterable[Step]) -> str:
+    groups = []
+    for step in steps:
+        rows = _head(sampled, NUM_DROPPED_SHOWN, "dropped", step.reason)
+        if rows:
+            groups.append(_group(store, sampled, step, rows))
+    if not groups:
+        return "<p>Nothing was dropped.</p>"
+    return _TEMPLATES.get_template("dropped.html").render(groups=groups)
+
+
+def _group(store: Store, sampled: Sampled, step: Step, rows: list[dict[str, Any]]) -> DropGroup:
+    pictures = [_picture(store, sampled, row, _why(row)) for row in rows]
+    pairs = []
+    if step.reason == Reason.DUPLICATE_BYTES:
+        for row, picture in zip(rows, pictures, strict=True):
+            twin = sampled.row_of(row["duplicate_of"])
+            if twin and picture.image:
+                kept = _picture(store, sampled, twin, twin["url"])
+                pairs.append((_picture(store, sampled, row, row["url"]), kept))
+    shown = tuple(picture for picture in pictures if picture.image) if not pairs else ()
+    text = () if shown or pairs else tuple(pictures)
+    return DropGroup(
+        reason=step.reason,
+        meaning=meaning(step.reason),
+        num_rows=step.num_rows,
+        pairs=tuple(pairs),
+        pictures=shown,
+        rows=text,
+    )
+
+
+def _servers(sampled: Sampled) -> str:
+    status = [
+        (f"HTTP {code}" if code else "no response", number, kept, _share(kept, number))
+        for code, number, kept in by_http_status(sampled)
+    ]
+    hosts = [(host, number, kept, _share(kept, number), reason) for host, number, kept, reason in by_host(sampled)]
+    return (
+        '<div class="columns"><div>'
+        + table_html(["last answer", "pairs", "kept", "share"], status)
+        + "</div><div>"
+        + table_html(["host", "pairs", "kept", "share", "most frequent reason"], hosts)
+        + "</div></div>"
+    )
+
+
+def _speed(store: Store) -> str:
+    journal, timings, rows = Journal(store), read_timings(store), []
+    for stage in STAGES:
+        markers = journal.markers(stage).values()
+        if not markers:
+            continue
+        wall_s = sum(timing.wall_s for timing in timings if timing.stage == stage)
+        done = sum(timing.num_rows for timing in timings if timing.stage == stage)
+        busy_s = sum(marker.seconds for marker in markers)
+        rate = f"{done / wall_s:,.0f}" if wall_s and done else ""
+        rows.append((stage, len(markers), done or "", f"{wall_s:,.1f}", f"{busy_s:,.1f}", rate))
+    return (
+        table_html(["stage", "units", "rows", "seconds", "seconds of all workers", "rows/s"], rows)
+        + f'<p class="quiet">Downloaded and decoded: {images_per_s(timings):,.1f} images/s. Seconds are of commands '
+        "that finished the stage; what an interrupted command did is in its workers' seconds only.</p>"
+    )
+
+
+def _settings(store: Store, manifest: Manifest) -> str:
+    run = read_run(store) or {}
+    defaults = flatten(BuildConfig(input=["-"], output="-"))
+    rows = []
+    for name, value in manifest.config.items():
+        changed = "" if defaults.get(name) == value else "set"
+        rows.append((name, _show(value), changed))
+    lists = [(source["path"], source["num_rows"], source["size_bytes"]) for source in manifest.sources]
+    return (
+        f'<p class="quiet">Built by pairmill {run.get("pairmill", "")}, begun {run.get("created", "")}. '
+        "These are the settings that affect the result; run.json has all of them.</p>"
+        + table_html(["setting", "value", ""], rows)
+        + table_html(["list", "rows", "bytes"], lists, caption="The lists that were read")
+    )
+
+
+def _head(sampled: Sampled, count: int, status: str, reason: str | None = None) -> list[dict[str, Any]]:
+    """The first rows of the sample with a status and, if given, a reason."""
+    found = []
+    for index, (row_status, row_reason) in enumerate(
+        zip(sampled.column("status"), sampled.column("reason"), strict=True)
+    ):
+        if row_status == status and (reason is None or row_reason == reason):
+            found.append(sampled.row(index))
+            if len(found) == count:
+                break
+    return found
+
+
+def _picture(store: Store, sampled: Sampled, row: dict[str, Any], note: str) -> Picture:
+    caption = row["caption"]
+    if len(caption) > MAX_CAPTION_CHARS:
+        caption = caption[: MAX_CAPTION_CHARS - 1] + "…"
+    return Picture(image=thumbnail(store, sampled, row["uid"]), caption=caption, note=note, url=row["url"] or "")
+
+
+def _why(row: dict[str, Any]) -> str:
+    """What was measured, for a dropped pair."""
+    if row["rule"] and row["score"] is not None:
+        limit = "" if row["threshold"] is None else f", limit {row['threshold']:.4g}"
+        return f"{row['rule']}: {row['score']:.4g}{limit}"
+    return str(row["detail"] or "")
+
+
+def _size_note(row: dict[str, Any]) -> str:
+    return f"{row['original_width']}×{row['original_height']}, {_size(row['size_bytes'])}"
+
+
+def _lists(manifest: Manifest) -> str:
+    return f"{len(manifest.sources):,} list{'s' if len(manifest.sources) != 1 else ''}"
+
+
+def _note(sampled: Sampled, what: str) -> str:
+    if sampled.is_all:
+        return ""
+    return f'<p class="quiet">From a random sample of {sampled.rows.num_rows:,} {what}.</p>'
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.3g} TB"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,220 @@
+"""What a dataset's report is made of: exact counts from markers, and details of a sample of rows.
+
+The plan put the rows in random order, so the first fetch units are a random sample of all of them: histograms, hosts
+and pictures are taken from those, and the report's cost does not grow with the dataset.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from cluster.journal import Journal, Marker
+from cluster.report import image_url
+from cluster.store import Store
+from pipeline.manifest import Manifest
+from pipeline.reasons import Reason, sentence
+from pipeline.record import REPEATED_PAIR
+from pipeline.selection import read_table
+
+MAX_ROWS = 200_000
+MAX_HOSTS = 20
+THUMBNAIL_PX = 176
+PHASES = {
+    "plan-order": "before the download",
+    "fetch": "download",
+    "decide": "rules on images",
+    "dedup": "duplicates",
+}
+_COLUMNS = (
+    "uid",
+    "url",
+    "caption",
+    "num_rows",
+    "status",
+    "reason",
+    "rule",
+    "score",
+    "threshold",
+    "detail",
+    "duplicate_of",
+    "key",
+    "http_status",
+    "size_bytes",
+    "original_width",
+    "original_height",
+    "width",
+    "height",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the way from all input rows to the kept ones."""
+
+    reason: str
+    phase: str
+    meaning: str
+    num_rows: int
+    num_left: int
+
+
+@dataclass(kw_only=True)
+class Sampled:
+    """The rows of some whole fetch units: their record, and where their pictures are."""
+
+    rows: pa.Table
+    pictures: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    """uid -> (tar, offset, size) of every downloaded image of the sample"""
+    is_all: bool = True
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One row as Python values."""
+        values: dict[str, Any] = self.rows.slice(index, 1).to_pylist()[0]
+        return values
+
+    def row_of(self, uid: str) -> dict[str, Any] | None:
+        """The row of a uid, if it is in the sample."""
+        index = self.rows.column("uid").index(uid).as_py()
+        return None if index < 0 else self.row(index)
+
+    def column(self, name: str) -> list[Any]:
+        values: list[Any] = self.rows.column(name).to_pylist()
+        return values
+
+
+def steps_of(store: Store, manifest: Manifest) -> list[Step]:
+    """The drops in the order in which they happen, largest first inside a phase."""
+    phase_of = _phases(Journal(store))
+    order = [*PHASES.values(), ""]
+    dropped = [
+        (order.index(phase_of.get(reason, "duplicates")), -number, reason)
+        for reason, number in manifest.counts.items()
+        if reason != "kept"
+    ]
+    left, steps = manifest.num_input_rows, []
+    for _, negative, reason in sorted(dropped):
+        left += negative
+        steps.append(
+            Step(
+                reason=reason,
+                phase=phase_of.get(reason, "duplicates"),
+                meaning=meaning(reason),
+                num_rows=-negative,
+                num_left=left,
+            )
+        )
+    return steps
+
+
+def meaning(reason: str) -> str:
+    """A sentence for a reason of the manifest's counts."""
+    if reason == REPEATED_PAIR:
+        return "the same URL and caption stand in the lists once more"
+    return sentence(reason)
+
+
+def sample_rows(store: Store, max_rows: int = MAX_ROWS) -> Sampled:
+    """The records of the first fetch units, at least one, up to about `max_rows` rows."""
+    journal = Journal(store)
+    recorded, fetched = journal.markers("record"), journal.markers("fetch")
+    tables: list[pa.Table] = []
+    pictures: dict[str, tuple[str, int, int]] = {}
+    for unit, marker in recorded.items():
+        if tables and sum(table.num_rows for table in tables) >= max_rows:
+            break
+        tables.append(read_table(store, marker.path_of("record.parquet"), _COLUMNS))
+        pictures |= dict(_pictures(store, fetched[unit]))
+    return Sampled(rows=pa.concat_tables(tables), pictures=pictures, is_all=len(tables) == len(recorded))
+
+
+def by_http_status(sampled: Sampled) -> list[tuple[int, int, int]]:
+    """(status, pairs, of them kept), most frequent first; 0 stands for no response to a request."""
+    total: Counter[int] = Counter()
+    kept: Counter[int] = Counter()
+    rows = zip(sampled.column("http_status"), sampled.column("status"), sampled.column("reason"), strict=True)
+    for http_status, status, reason in rows:
+        if http_status is None and not _was_requested(reason):
+            continue
+        total[http_status or 0] += 1
+        kept[http_status or 0] += status == "kept"
+    return [(code, number, kept[code]) for code, number in total.most_common()]
+
+
+def by_host(sampled: Sampled) -> list[tuple[str, int, int, str]]:
+    """(host, pairs, of them kept, most frequent reason for a drop) of the hosts with most pairs."""
+    total: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    reasons: dict[str, Counter[str]] = {}
+    for url, status, reason in zip(
+        sampled.column("url"), sampled.column("status"), sampled.column("reason"), strict=True
+    ):
+        host = host_of(url)
+        total[host] += 1
+        kept[host] += status == "kept"
+        if reason:
+            reasons.setdefault(host, Counter())[reason] += 1
+    return [
+        (host, number, kept[host], next((name for name, _ in reasons.get(host, Counter()).most_common(1)), ""))
+        for host, number in total.most_common(MAX_HOSTS)
+    ]
+
+
+def host_of(url: str | None) -> str:
+    """A URL's host, for people."""
+    try:
+        return urlsplit(url or "").hostname or "(no host)"
+    except ValueError:
+        return "(no host)"
+
+
+def thumbnail(store: Store, sampled: Sampled, uid: str) -> str:
+    """A small JPEG of a sampled pair's image as a data: URL; "" if there is none to show."""
+    place = sampled.pictures.get(uid)
+    if place is None:
+        return ""
+    try:
+        data = store.read_range(*place)
+    except FileNotFoundError:  # the downloaded images of a finished build may be removed
+        return ""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if pixels is None:
+        return ""
+    scale = THUMBNAIL_PX / max(pixels.shape[:2])
+    if scale < 1:
+        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    done, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 82])
+    return image_url(encoded.tobytes()) if done else ""
+
+
+def _pictures(store: Store, fetched: Marker) -> Iterator[tuple[str, tuple[str, int, int]]]:
+    tar = fetched.path_of("images.tar")
+    try:
+        table = read_table(store, fetched.path_of("rows.parquet"), ["uid", "image_offset", "image_size"])
+    except FileNotFoundError:
+        return
+    for row in table.to_pylist():
+        if row["image_size"]:
+            yield row["uid"], (tar, row["image_offset"], row["image_size"])
+
+
+def _phases(journal: Journal) -> dict[str, str]:
+    """Which phase each reason belongs to: the first stage whose markers count it."""
+    phases: dict[str, str] = {str(Reason.DUPLICATE_BYTES): PHASES["dedup"], REPEATED_PAIR: PHASES["dedup"]}
+    for stage in ("decide", "fetch", "plan-order"):
+        for marker in journal.markers(stage).values():
+            for name in marker.counts:
+                if name.startswith("reason:"):
+                    phases[name.removeprefix("reason:")] = PHASES[stage]
+    return phases
+
+
+def _was_requested(reason: str | None) -> bool:
+    """Whether a row without an HTTP status was asked for over the network."""
+    return reason in {Reason.DNS_FAILURE, Reason.CONNECTION_FAILED, Reason.TLS_FAILURE, Reason.TIMEOUT}
