@@ -1,0 +1,190 @@
+"""Every setting of `pairmill train` and `pairmill eval`, and the checks of how they fit together."""
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from cluster.config import REQUIRED, Config, StringList, key
+from cluster.errors import RequestError
+from cluster.session import RayConfig
+from training.data.dataset import Dataset
+from training.methods import METHODS, ClipConfig, MethodConfig, ModelConfig, RilsConfig
+
+MAX_DEFAULT_WARMUP_STEPS = 2_000
+
+
+class DataConfig(Config):
+    """What is read, and how."""
+
+    dataset: str = key(REQUIRED, "folder or URL of a finished dataset (the output of pairmill build)")
+    select: StringList = key(
+        [], "conditions that all samples must meet, on the shards' columns: style!=a|b, group=animals, width>=64"
+    )
+    caption_column: str = key("caption", "column that the captions are taken from")
+    image_size: int | None = key(
+        None, "side of the squares that pictures are decoded to; null: model.vision.image_size", unit="px", ge=8
+    )
+    workers: int | None = key(
+        None, "threads per rank that read and decode; null: by the rank's cores", affects_result=False, ge=1
+    )
+    prefetch: int = key(2, "batches per rank held ready", affects_result=False, unit="batches", ge=1)
+    cache_gib: float = key(
+        2.0,
+        "memory per rank for decoded pictures, used when all of them fit into it",
+        affects_result=False,
+        unit="GiB",
+        ge=0,
+    )
+
+
+class LoopConfig(Config):
+    """How much is trained, in which arithmetic, spread over how many processes."""
+
+    batch_size: int = key(1024, "pairs of a step, over all ranks", unit="pairs", ge=2)
+    num_epochs: float = key(30.0, "passes over the samples", unit="epochs", gt=0)
+    num_steps: int | None = key(None, "steps instead of num_epochs", unit="steps", ge=1)
+    precision: Literal["bf16", "fp32"] = key("bf16", "arithmetic; weights and optimizer are fp32 with both")
+    zero_stage: Literal[0, 1, 2, 3] = key(2, "DeepSpeed ZeRO stage: what is split over the ranks")
+    num_ranks: int | None = key(
+        None, "training processes; null: one a GPU of the cluster, else 1", affects_result=False, ge=1
+    )
+    max_restarts: int = key(3, "how often a group that lost a rank is started again", affects_result=False, ge=0)
+
+
+class OptimConfig(Config):
+    """AdamW; no decay on norms, biases, position embeddings and temperatures."""
+
+    lr: float = key(5e-4, "peak learning rate", gt=0)
+    min_lr: float = key(0.0, "learning rate at the end of the cosine", ge=0)
+    warmup_steps: int | None = key(
+        None, f"steps of linear warm-up; null: a tenth of the run, at most {MAX_DEFAULT_WARMUP_STEPS:,}", ge=0
+    )
+    weight_decay: float = key(0.2, "decoupled weight decay", ge=0)
+    beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = key(0.98, "decay of the second moment", ge=0, lt=1)
+    eps: float = key(1e-6, "added to the root of the second moment", gt=0)
+    grad_clip: float = key(1.0, "largest norm of the whole gradient; 0: no limit", ge=0)
+
+
+class CheckpointConfig(Config):
+    """When the run's state is published."""
+
+    every_steps: int = key(500, "steps between checkpoints; one is always made at the end", affects_result=False, ge=1)
+    keep: int = key(2, "newest checkpoints that are kept", affects_result=False, ge=1)
+
+
+class LogConfig(Config):
+    """What is recorded on the way."""
+
+    every_steps: int = key(10, "steps between points of the curves", affects_result=False, ge=1)
+
+
+class TrainConfig(Config):
+    """Settings of `pairmill train`."""
+
+    data: DataConfig = key({}, "what is read")
+    output: str = key(REQUIRED, "folder or URL of the run", affects_result=False)
+    method: str = key("clip", f"what is trained: {', '.join(sorted(METHODS))}")
+    seed: int = key(0, "of weights, order, crops and masks")
+    model: ModelConfig = key(ModelConfig(), "the networks")
+    clip: ClipConfig = key(ClipConfig(), "settings of method=clip")
+    rils: RilsConfig = key(RilsConfig(), "settings of method=rils")
+    train: LoopConfig = key(LoopConfig(), "the loop")
+    optim: OptimConfig = key(OptimConfig(), "the optimizer")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
+    log: LogConfig = key(LogConfig(), "records")
+    ray: RayConfig = key(RayConfig(), "where it runs")
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(METHODS))}"
+            raise ValueError(f"no such method; {hint}")
+        return name
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainConfig":
+        ranks, size = self.train.num_ranks, self.train.batch_size
+        if ranks and size % ranks:
+            raise ValueError(f"train.batch_size={size} is no multiple of train.num_ranks={ranks}")
+        if self.optim.min_lr > self.optim.lr:
+            raise ValueError(f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}")
+        return self
+
+    @property
+    def method_config(self) -> MethodConfig:
+        """The settings of the chosen method."""
+        chosen = getattr(self, self.method)
+        assert isinstance(chosen, MethodConfig)
+        return chosen
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the squares in a batch."""
+        return self.data.image_size or self.model.vision.image_size
+
+
+class EvalConfig(Config):
+    """Settings of `pairmill eval`."""
+
+    checkpoint: str = key(REQUIRED, "output folder of a train run: its newest checkpoint; or RUN/checkpoints/step-...")
+    dataset: str = key("", "folder or URL of a finished dataset; empty: the one that the run was trained on")
+    select: StringList = key([], "conditions that the evaluated samples must meet, such as style=held-out")
+    caption_column: str = key("", "column of the captions for retrieval; empty: the run's data.caption_column")
+    class_column: str = key("", "column whose distinct values are the classes; empty: no zero-shot classification")
+    templates: StringList = key(["{}"], "texts around a class name; the features of all of them are averaged")
+    reference_select: StringList = key(
+        [], "conditions for the gallery of the 16x16-pixel nearest-neighbour baseline; empty: no baseline"
+    )
+    batch_size: int = key(256, "pictures or texts of one pass", affects_result=False, unit="samples", ge=1)
+    name: str = key("default", "name of this evaluation in the run's folder", min_length=1)
+    output: str = key("", "folder or URL of the results; empty: RUN/eval/NAME", affects_result=False)
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_a_place(cls, templates: list[str]) -> list[str]:
+        if not templates or any("{}" not in template for template in templates):
+            raise ValueError("every template needs {} where the class name goes")
+        return templates
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """A configuration that was checked against its dataset, with what follows from both. Can be pickled."""
+
+    config: TrainConfig
+    num_samples: int
+    num_steps: int
+    warmup_steps: int
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the samples."""
+        return self.num_steps * self.config.train.batch_size / self.num_samples
+
+
+def plan_training(config: TrainConfig) -> tuple[TrainPlan, Dataset]:
+    """Check a configuration against its dataset. Raises RequestError; nothing is written."""
+    dataset = Dataset(config.data.dataset, select=config.data.select, caption_column=config.data.caption_column)
+    batch_size, num_samples = config.train.batch_size, len(dataset)
+    if num_samples < batch_size:
+        selected = f" pass data.select={config.data.select}" if config.data.select else ""
+        raise RequestError(
+            f"train.batch_size={batch_size}: only {num_samples:,} of {dataset.manifest.num_samples:,} samples in "
+            f"{dataset.url}{selected}; make the batch smaller or select more"
+        )
+    num_steps = config.train.num_steps or max(1, math.floor(config.train.num_epochs * num_samples / batch_size))
+    warmup_steps = config.optim.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(MAX_DEFAULT_WARMUP_STEPS, num_steps // 10)
+    if warmup_steps > num_steps:
+        raise RequestError(f"optim.warmup_steps={warmup_steps}: the run has {num_steps} steps")
+    # The absolute place, so that the run can be resumed from another working directory.
+    data = config.data.model_copy(update={"dataset": dataset.url})
+    resolved = config.model_copy(update={"data": data})
+    return TrainPlan(config=resolved, num_samples=num_samples, num_steps=num_steps, warmup_steps=warmup_steps), dataset

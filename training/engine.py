@@ -1,0 +1,159 @@
+"""DeepSpeed: the only place that builds an engine.
+
+Weights, optimizer state and the reduction of gradients are fp32; with precision=bf16 the forward pass runs under
+bf16 autocast. (A bf16 engine would keep the learnable temperature in bf16, and its logits with it.)
+"""
+
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import RunError
+from training.config import OptimConfig, TrainConfig
+from training.methods import Batch, Method, Output
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """A method with its optimizer, split over the ranks. Every call but the properties is collective."""
+
+    def __init__(self, method: Method, config: TrainConfig, *, num_ranks: int, device: torch.device) -> None:
+        """method: freshly built and equal on every rank. A torch process group has to be initialised."""
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saves a search, and a warning
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        # Its shared-memory collectives for CPUs are compiled at first use, which takes a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed cannot broadcast tensors without dimensions; they live as [1] inside the engine.
+        self._scalars = [name for name, parameter in method.named_parameters() if parameter.ndim == 0]
+        for name in self._scalars:
+            parameter = method.get_parameter(name)
+            parameter.data = parameter.data.reshape(1)
+        optimizer = adamw(method, config.optim, fused=device.type == "cuda")
+        self.zero_stage = config.train.zero_stage
+        self.grad_clip = config.optim.grad_clip
+        self.deepspeed: Any
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=method.to(device), optimizer=optimizer, config=deepspeed_config(config, num_ranks)
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps applied so far."""
+        return int(self.deepspeed.global_steps)
+
+    def forward(self, batch: Batch) -> Output:
+        """The loss of a batch."""
+        output = self.deepspeed(batch)
+        assert isinstance(output, Output)
+        return output
+
+    def update(self, loss: Tensor, learning_rate: float) -> float:
+        """Backward pass and optimizer step; returns the gradient's norm before clipping.
+
+        Raises RunError, with the weights as they were, when the gradient is not finite on some rank.
+        """
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.deepspeed.backward(loss)
+        norm = self._norm_without_zero() if self.zero_stage == 0 else math.nan
+        if self.zero_stage == 0 and not math.isfinite(norm):
+            raise RunError("the gradient is not finite")
+        self.deepspeed.step()
+        if self.zero_stage > 0:
+            if self.deepspeed.optimizer.overflow:
+                raise RunError("the gradient is not finite")
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return norm
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The method's state, whole and fp32, on the CPU: on rank 0, and empty elsewhere."""
+        whole = self._gathered() if self.zero_stage == 3 else _on_cpu(self.deepspeed.module.state_dict())
+        for name in self._scalars:
+            whole[name] = whole[name].reshape(())
+        return whole if self.deepspeed.global_rank == 0 else {}
+
+    def _gathered(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        module: nn.Module = self.deepspeed.module
+        whole = _on_cpu(dict(module.named_buffers()))
+        for name, parameter in module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole[name] = parameter.detach().cpu().clone()
+        return whole
+
+    def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
+        """Write this rank's part of the training state below folder/tag."""
+        os.makedirs(os.path.join(folder, tag), exist_ok=True)
+        self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> dict[str, Any]:
+        """Take over what `save` wrote with the same number of ranks; returns its `state`."""
+        path, state = self.deepspeed.load_checkpoint(folder, tag=tag, load_lr_scheduler_states=False)
+        if path is None:
+            raise RunError(f"{folder}/{tag}: DeepSpeed cannot load this checkpoint")
+        return dict(state)
+
+    def _norm_without_zero(self) -> float:
+        gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+
+def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
+    """DeepSpeed's settings. What has a default there that matters here is written out: defaults changed before."""
+    return {
+        "train_batch_size": config.train.batch_size,
+        "train_micro_batch_size_per_gpu": config.train.batch_size // num_ranks,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.grad_clip,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.train.zero_stage,
+            # Buckets overlap with the backward pass on GPUs; on gloo this only adds copies.
+            "overlap_comm": torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 50_000_000,
+        },
+        "torch_autocast": {
+            "enabled": config.train.precision == "bf16",
+            "dtype": "bfloat16",
+            # DeepSpeed reduces the gradients of the modules named here in bf16: of none.
+            "lower_precision_safe_modules": [],
+        },
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+    }
+
+
+def adamw(method: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW with two groups: matrices and convolutions decay; vectors, scalars and tables of positions do not."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            (decayed if decays(name, parameter) else kept).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused,
+    )
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: not to norms, biases, temperatures, single tokens and tables of positions."""
+    return parameter.ndim >= 2 and "position" not in name.rpartition(".")[2]
+
+
+def _on_cpu(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in state.items()}

@@ -1,0 +1,273 @@
+"""Starting the ranks of a run: through Ray Train, or as they are when torchrun has started them, or just this process.
+
+Ray Train starts the group again when a rank dies, and the new group goes on from the newest valid checkpoint. An error
+that would come back (RunError, RequestError) is not tried again: the rank leaves it in the run's folder, the command
+reads it there and ends.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.config import validate
+from cluster.errors import PairmillError, RequestError, RunError
+from cluster.session import RayConfig, start_ray
+from cluster.store import Store
+from training.config import TrainConfig, TrainPlan
+from training.display import TrainDisplay
+from training.metrics import PROGRESS_FILE, STOP_FILE, read_progress
+from training.trainer import Outcome, Rank, RankRequest, train
+
+logger = logging.getLogger(__name__)
+
+FAILURE_FILE = "failure.json"
+STOP_GRACE_S = 9.0
+_POLL_INTERVAL_S = 0.5
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one rank of a group that torchrun (or the deepspeed launcher) made."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_here(request: RankRequest, display: TrainDisplay) -> Outcome:
+    """Train with a single rank in this process, without Ray."""
+    with _single_group(), _stop_on_signals() as stop:
+        rank = _this_rank(num_threads=os.cpu_count() or 1)
+        return train(request, rank, stop=stop, watch=display.show)
+
+
+def run_torchrun_rank(request: RankRequest, display: TrainDisplay) -> Outcome:
+    """Train as one rank of an initialised torchrun group."""
+    with _stop_on_signals() as stop:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        rank = _this_rank(num_threads=max(1, (os.cpu_count() or 1) // ranks_here))
+        return train(request, rank, stop=stop, watch=display.show)
+
+
+def init_torchrun_group() -> None:
+    """Join the group that torchrun described in the environment."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(backend="nccl" if torch.cuda.is_available() else "gloo")
+
+
+def run_on_ray(request: RankRequest, num_ranks: int, display: TrainDisplay) -> Outcome:
+    """Train with `num_ranks` ranks as Ray actors, and follow them. Ray has to be started (`start_for_training`).
+
+    A KeyboardInterrupt asks the ranks to checkpoint and stop, waits a few seconds for that, and is raised again.
+    """
+    store = Store(request.output)
+    for leftover in (STOP_FILE, FAILURE_FILE, PROGRESS_FILE):
+        store.remove(leftover)
+    fit = _Background(lambda: _fit(request, num_ranks))
+    try:
+        while not fit.wait(_POLL_INTERVAL_S):
+            _show_newest(store, display)
+            _raise_failure(store)
+    except KeyboardInterrupt:
+        display.say("stopping: the ranks write a checkpoint (Ctrl-C again to leave without)")
+        store.write_bytes(STOP_FILE, b"")
+        fit.wait(STOP_GRACE_S)
+        raise
+    _raise_failure(store)
+    _show_newest(store, display)
+    if fit.error is not None:
+        raise RunError(f"{_first_line(fit.error)}; checkpoints are kept, run the same command to go on")
+    outcome: Outcome = fit.value.return_value
+    return outcome
+
+
+def start_for_training(config: RayConfig) -> None:
+    """Start or join Ray with the settings that Ray Train reads from the environment."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # also how soon a finished run is noticed
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if config.address in ("", "local") else "1")
+    start_ray(config)
+
+
+def ranks_on_ray(plan: TrainPlan) -> int:
+    """The number of ranks on the connected cluster. Raises RequestError when it cannot hold them."""
+    num_gpus, wanted = _num_gpus(), plan.config.train.num_ranks
+    num_ranks = wanted or max(1, num_gpus)
+    check_ranks(plan, num_ranks)
+    if num_gpus and num_ranks > num_gpus:
+        raise RequestError(f"train.num_ranks={num_ranks}: the cluster has {num_gpus} GPUs")
+    _cpus_per_rank(num_ranks)
+    return num_ranks
+
+
+def check_ranks(plan: TrainPlan, num_ranks: int) -> None:
+    """Raise RequestError unless the batch can be split evenly."""
+    batch_size = plan.config.train.batch_size
+    if batch_size % num_ranks:
+        raise RequestError(f"train.batch_size={batch_size} is no multiple of the {num_ranks} ranks")
+
+
+def rank_main(settings: dict[str, Any]) -> Outcome:
+    """What Ray Train runs on every rank."""
+    plain: dict[str, Any] = settings["plan"]
+    plan = TrainPlan(**(plain | {"config": validate(TrainConfig, plain["config"])}))
+    request = RankRequest(plan=plan, output=settings["output"], tokenizer=settings["tokenizer"])
+    try:
+        return train(request, _this_rank(num_threads=settings["num_threads"]))
+    except PairmillError as error:
+        failure = {"status": error.exit_status, "message": str(error)}
+        Store(request.output).write_bytes(FAILURE_FILE, json.dumps(failure).encode())
+        raise
+
+
+def _fit(request: RankRequest, num_ranks: int) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    plan, use_gpu = request.plan, _num_gpus() > 0
+    cpus = _cpus_per_rank(num_ranks)
+    settings = {
+        "plan": {
+            "config": plan.config.model_dump(mode="json"),
+            "num_samples": plan.num_samples,
+            "num_steps": plan.num_steps,
+            "warmup_steps": plan.warmup_steps,
+        },
+        "output": request.output,
+        "tokenizer": request.tokenizer,
+        "num_threads": cpus,
+    }
+    with tempfile.TemporaryDirectory(prefix="pairmill-ray-train-") as ray_files:
+        return TorchTrainer(
+            rank_main,
+            train_loop_config=settings,
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=num_ranks,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
+            ),
+            run_config=RunConfig(
+                name="train",
+                storage_path=ray_files,  # Ray's own notes; the run's checkpoints never pass through it
+                failure_config=FailureConfig(max_failures=plan.config.train.max_restarts),
+            ),
+        ).fit()
+
+
+def _num_gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _cpus_per_rank(num_ranks: int) -> int:
+    """Cores that every rank can have on its node: an equal share, less where nodes do not divide evenly."""
+    import ray
+
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    for cpus in range(max(1, sum(nodes) // num_ranks), 0, -1):
+        if sum(cores // cpus for cores in nodes) >= num_ranks:
+            return cpus
+    raise RequestError(f"train.num_ranks={num_ranks}: the cluster has {sum(nodes)} cores, every rank needs one")
+
+
+def _this_rank(num_threads: int) -> Rank:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Rank(index=dist.get_rank(), num_ranks=dist.get_world_size(), device=device, num_threads=num_threads)
+
+
+def _show_newest(store: Store, display: TrainDisplay) -> None:
+    if progress := read_progress(store):
+        display.show(progress)
+
+
+def _raise_failure(store: Store) -> None:
+    """Raise what a rank left behind, if one did."""
+    try:
+        failure = json.loads(store.read_bytes(FAILURE_FILE))
+    except FileNotFoundError:
+        return
+    raise (RequestError if failure["status"] == RequestError.exit_status else RunError)(failure["message"])
+
+
+def _first_line(error: BaseException) -> str:
+    """The most telling line of an error: of the rank that failed, not of the layers above it."""
+    inner: list[BaseException] = list(getattr(error, "worker_failures", {}).values())
+    text = str(inner[0] if inner else error).strip()
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _single_group() -> Iterator[None]:
+    """A process group of one; DeepSpeed wants the launcher's variables too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    saved = {name: os.environ.get(name) for name in group}
+    os.environ.update(group)
+    try:
+        init_torchrun_group()
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGINT or SIGTERM has come; a second signal interrupts at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    saved = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in saved.items():
+            signal.signal(number, handler)
+
+
+class _Background:
+    """A function in a thread of its own: Ray Train takes over SIGINT when it is called in the main thread."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self._function = function
+        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the end, at most so long; whether it has come."""
+        deadline = time.monotonic() + (timeout_s if math.isfinite(timeout_s) else threading.TIMEOUT_MAX)
+        while self._thread.is_alive() and (left_s := deadline - time.monotonic()) > 0:
+            self._thread.join(min(left_s, 0.1))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.value = self._function()
+        except BaseException as error:  # handed to the thread that waits
+            self.error = error
