@@ -69,8 +69,8 @@ def overview() -> str:
         "exit status: 0 done, 1 the run failed, 2 the request was wrong, 130 interrupted (same command resumes)\n\n"
         "first steps:\n"
         "  pairmill build input=urls.parquet output=out/data\n"
-        "  pairmill train data.path=out/data output=out/clip method=clip\n"
-        "  pairmill eval checkpoint=out/clip data.path=out/data"
+        "  pairmill train data.dataset=out/data output=out/clip method=clip\n"
+        "  pairmill eval checkpoint=out/clip data.dataset=out/data"
     )
 
 

@@ -117,7 +117,7 @@ def validate(model: type[C], values: Mapping[str, Any]) -> C:
     problems = list(_unknown_keys(model, values))
     if not problems:
         try:
-            return model.model_validate(dict(values))
+            return model.model_validate(_over_defaults(model, values))
         except ValidationError as error:
             problems = [_problem(item) for item in error.errors()]
     raise RequestError("\n".join(problems))
@@ -141,7 +141,7 @@ def help_text(model: type[Config]) -> str:
     """Every key with its default, unit and one line, for `--help`."""
     lines = []
     for name, field in walk_keys(model):
-        default = "(required)" if field.is_required() else _show(field.get_default(call_default_factory=True))
+        default = _show_default(model, name, field)
         unit = str(_extra(field).get("unit", ""))
         choices = "|".join(_choices(field.annotation))
         note = f" [{choices}]" if choices else ""
@@ -178,6 +178,37 @@ def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
             values[name] = value
 
 
+def _over_defaults(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with each group of keys laid over the group's default.
+
+    A group's default may differ from its class's (a weight of 0.5 in a class whose own default is 1): setting one key
+    of the group must not reset the others.
+    """
+    complete = dict(values)
+    for name, value in values.items():
+        field = model.model_fields[name]
+        inner = nested_model(field.annotation)
+        if inner is not None and isinstance(value, Mapping):
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            merged: dict[str, Any] = default.model_dump() if isinstance(default, BaseModel) else {}
+            _merge(merged, _over_defaults(inner, value) if default is None else value)
+            complete[name] = merged
+    return complete
+
+
+def _show_default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
+    """The default that a key has in this configuration, not the one of its class alone."""
+    first, *rest = name.split(".")
+    outer = model.model_fields[first]
+    if rest and outer.is_required():
+        inner = nested_model(outer.annotation)
+        return _show_default(inner, ".".join(rest), field) if inner else "(required)"
+    value = outer.get_default(call_default_factory=True)
+    for part in rest:
+        value = getattr(value, part, None)
+    return "(required)" if field.is_required() else _show(value)
+
+
 def _unknown_keys(root: type[BaseModel], values: Mapping[str, Any]) -> Iterator[str]:
     every_key = [dotted for dotted, _ in walk_keys(root)]
     yield from _unknown_below(root, values, "", every_key)
@@ -200,11 +231,11 @@ def _unknown_below(
 
 
 def _nearest(wrong: str, siblings: list[str], every_key: list[str]) -> str:
-    """The most likely meant key: one spelled alike, else one with the same last part, else what is valid there."""
-    close = difflib.get_close_matches(wrong, [*siblings, *every_key], n=1, cutoff=0.6)
+    """The most likely meant key: one with the same last part, else one spelled alike, else what is valid there."""
     last = wrong.rpartition(".")[2]
     by_last = {dotted.rpartition(".")[2]: dotted for dotted in reversed(every_key)}
-    close = close or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    close = [by_last[last]] if last in by_last else difflib.get_close_matches(wrong, [*siblings, *every_key], n=1)
+    close = close or [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1)]
     return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(siblings[:12])}"
 
 

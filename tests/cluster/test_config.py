@@ -20,6 +20,7 @@ class Example(Config):
     mode: Literal["fast", "exact"] = key("fast", "how to decode")
     seed: int = key(0, "seed of the order")
     fetch: Fetch = key(Fetch(), "downloading")
+    probe: Fetch = key(Fetch(timeout_s=2.5), "a short look first")
 
     @model_validator(mode="after")
     def _related(self) -> "Example":
@@ -100,3 +101,8 @@ def test_help_shows_default_unit_and_choices() -> None:
     assert "fetch.timeout_s=10.0 s\n        time allowed for one URL" in text
     assert "input=(required)" in text
     assert "[fast|exact]" in text
+
+
+def test_setting_one_key_of_a_group_keeps_the_groups_own_defaults() -> None:
+    assert parse(Example, ["input=a", "probe.retries=0"]).probe == Fetch(timeout_s=2.5, retries=0)
+    assert "probe.timeout_s=2.5 s" in help_text(Example)
