@@ -73,12 +73,16 @@ class Dataset:
 
     def column(self, name: str) -> list[Any]:
         """One column of every selected row, in row order. Raises RequestError if the dataset does not have it."""
-        require_column(name, self.manifest.columns, f"column {name}")
+        self.require(name, f"column {name}")
         values: list[Any] = []
         for shard, rows in self._shards_and_rows():
             column = self._read(shard, [name]).column(name)
             values += (column if rows is None else column.take(pa.array(rows))).to_pylist()
         return values
+
+    def require(self, column: str, where: str) -> None:
+        """Raise RequestError, naming the configuration key `where`, unless the dataset has the column."""
+        require_column(column, self.manifest.columns, where)
 
     def image_bytes(self, sample: Sample) -> bytes:
         """The encoded image of a sample; fewer bytes than `image_size` if the tar is cut short.
