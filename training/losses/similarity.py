@@ -30,7 +30,7 @@ def scale(log_scale: Tensor) -> Tensor:
 
     Clamped here and not in the parameter, whose sharded float32 master a clamp of the forward copy would not reach.
     """
-    clamped: Tensor = _ClampMax.apply(log_scale.float(), math.log(MAX_SCALE))  # type: ignore[no-untyped-call]  # torch's own
+    clamped: Tensor = _ClampMax.apply(log_scale.float().reshape(()), math.log(MAX_SCALE))  # type: ignore[no-untyped-call]  # torch's own
     return clamped.exp()
 
 
