@@ -34,9 +34,6 @@ _FIGURE_STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
     "axes.prop_cycle": cycler(color=PALETTE),
 }
 
@@ -96,15 +93,22 @@ def cards_html(cards: Iterable[Card]) -> str:
 
 
 def table_html(header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
-    """A table; numbers (and text that reads as one) are aligned right, Markup cells are kept as they are."""
-    head = Markup().join(Markup("<th>{}</th>").format(name) for name in header)
-    body = Markup().join(Markup("<tr>{}</tr>").format(Markup().join(_cell(value) for value in row)) for row in rows)
-    title = Markup("<caption>{}</caption>").format(caption) if caption else Markup()
-    return str(
-        Markup('<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
-            title, head, body
+    """A table; columns of numbers (and of text that reads as one) are aligned right, Markup cells are kept as is."""
+    cells = [[_text(value) for value in row] for row in rows]
+    kinds = [
+        Markup(' class="n"') if _is_numeric([row[column] for row in cells]) else Markup()
+        for column in range(len(header))
+    ]
+    head = Markup().join(Markup("<th{}>{}</th>").format(kind, name) for kind, name in zip(kinds, header, strict=True))
+    body = Markup().join(
+        Markup("<tr>{}</tr>").format(
+            Markup().join(Markup("<td{}>{}</td>").format(kind, cell) for kind, cell in zip(kinds, row, strict=True))
         )
+        for row in cells
     )
+    title = Markup("<caption>{}</caption>").format(caption) if caption else Markup()
+    table = Markup('<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>')
+    return str(table.format(title, head, body))
 
 
 def new_figure(width_in: float = 5.2, height_in: float = 2.7) -> tuple[Figure, Axes]:
@@ -136,6 +140,9 @@ def image_url(data: bytes, media_type: str = "image/jpeg") -> str:
 
 def _ink(axes: Axes) -> None:
     axes.patch.set_alpha(0.0)
+    if title := axes.get_title():
+        axes.set_title("")
+        axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
     axes.tick_params(colors=_INK, which="both")
     for spine in axes.spines.values():
         spine.set_edgecolor(_INK)
@@ -150,10 +157,14 @@ def _ink(axes: Axes) -> None:
         text.set_color(_INK)
 
 
-def _cell(value: Any) -> Markup:
+def _text(value: Any) -> Markup:
     if isinstance(value, float):
         value = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     elif isinstance(value, int) and not isinstance(value, bool):
         value = f"{value:,}"
-    is_number = not isinstance(value, Markup) and bool(re.fullmatch(r"[-+]?[\d,.]+ ?%?", str(value)))
-    return Markup('<td class="n">{}</td>' if is_number else "<td>{}</td>").format(escape(value))
+    return escape(value)
+
+
+def _is_numeric(column: Sequence[Markup]) -> bool:
+    filled = [cell for cell in column if cell]
+    return bool(filled) and all(re.fullmatch(r"[-+]?[\d,.]+(e[-+]\d+)?(\s?%|\s?s)?", cell) for cell in filled)

@@ -1,10 +1,13 @@
 """`OUT/report/index.html`: what is in a dataset, what is not, and why, on one page that needs no network."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup, escape
 
 from cluster.config import REQUIRED, Config, flatten, key
 from cluster.errors import EXIT_DONE
@@ -170,7 +173,7 @@ def _servers(sampled: Sampled) -> str:
     ]
     hosts = [(host, number, kept, _share(kept, number), reason) for host, number, kept, reason in by_host(sampled)]
     return (
-        '<div class="columns"><div>'
+        '<div class="columns uneven"><div>'
         + table_html(["last answer", "pairs", "kept", "share"], status)
         + "</div><div>"
         + table_html(["host", "pairs", "kept", "share", "most frequent reason"], hosts)
@@ -199,16 +202,19 @@ def _speed(store: Store) -> str:
 def _settings(store: Store, manifest: Manifest) -> str:
     run = read_run(store) or {}
     defaults = flatten(BuildConfig(input=["-"], output="-"))
-    rows = []
-    for name, value in manifest.config.items():
-        changed = "" if defaults.get(name) == value else "set"
-        rows.append((name, _show(value), changed))
+    chosen = [item for item in manifest.config.items() if defaults.get(item[0]) != item[1]]
+    left = [item for item in manifest.config.items() if item not in chosen]
     lists = [(source["path"], source["num_rows"], source["size_bytes"]) for source in manifest.sources]
+    version, created = escape(run.get("pairmill", "")), escape(run.get("created", ""))
     return (
-        f'<p class="quiet">Built by pairmill {run.get("pairmill", "")}, begun {run.get("created", "")}. '
+        f'<p class="quiet">Built by pairmill {version}, begun {created}. '
         "These are the settings that affect the result; run.json has all of them.</p>"
-        + table_html(["setting", "value", ""], rows)
-        + table_html(["list", "rows", "bytes"], lists, caption="The lists that were read")
+        + '<div class="columns"><div>'
+        + table_html(["set for this build", "value"], [(name, _code(value)) for name, value in chosen])
+        + table_html(["list", "rows", "bytes"], lists)
+        + "</div><div>"
+        + table_html(["at its default", "value"], [(name, _code(value)) for name, value in left])
+        + "</div></div>"
     )
 
 
@@ -266,7 +272,8 @@ def _size(size_bytes: float) -> str:
     return f"{size_bytes:,.3g} TB"
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _code(value: Any) -> Markup:
+    """A setting's value the way it is written in a configuration."""
+    items = value if isinstance(value, list) else [value]
+    texts = [json.dumps(item) if item is None or isinstance(item, bool) else str(item) for item in items]
+    return Markup(" ").join(Markup("<code>{}</code>").format(text) for text in texts)

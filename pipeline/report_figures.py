@@ -42,9 +42,7 @@ def histogram(title: str, unit: str, series: Sequence[tuple[str, Numbers]], *, l
     if log:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
-        axes.xaxis.set_minor_formatter(
-            FuncFormatter(_plain_number if edges[-1] / edges[0] < 12 else lambda value, place: "")
-        )
+        axes.xaxis.set_minor_formatter(FuncFormatter(_plain_number if edges[-1] < 4 * edges[0] else _one_two_five))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_title(title)
     axes.set_xlabel(unit)
@@ -70,6 +68,11 @@ def _edges(values: Numbers, log: bool) -> Numbers:
 
 def _plain_number(value: float, place: int | None) -> str:
     return f"{value:,.4g}"
+
+
+def _one_two_five(value: float, place: int | None) -> str:
+    """Labels for a wide logarithmic axis: there is no room for every digit."""
+    return _plain_number(value, place) if f"{value:e}"[0] in "125" else ""
 
 
 def _is_kept(sampled: Sampled) -> Any:
