@@ -44,7 +44,7 @@ def class_features(
 ) -> Tensor:
     """Return [C, E]: for each class the normalised mean of its templates' features (Radford et al. 2021, 3.1.4)."""
     texts = [template.replace("{}", name) for name in classes for template in templates]
-    features_CTE = encode_texts(texts).unflatten(0, (len(classes), len(templates)))
+    features_CTE = encode_texts(texts).reshape(len(classes), len(templates), -1)
     return normalize(features_CTE.mean(dim=1), dim=-1)
 
 
