@@ -92,7 +92,7 @@ class _GatherWithGradient(torch.autograd.Function):
     def forward(ctx: Any, x_BD: Tensor) -> Tensor:
         x_BD = x_BD.contiguous()
         gathered_GD = x_BD.new_empty(world_size() * x_BD.shape[0], *x_BD.shape[1:])
-        dist.all_gather_into_tensor(gathered_GD, x_BD)
+        dist.all_gather(list(gathered_GD.chunk(world_size())), x_BD)
         return gathered_GD
 
     @staticmethod
