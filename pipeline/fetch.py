@@ -25,8 +25,186 @@ FETCHED columns: uid, order, url, caption, num_rows as in the plan (pipeline.pla
     image_size       int64    their number
     attempts         int32    requests made, 0 for rows that were not downloaded
     seconds          float    of all attempts, without the waits between them
-then the list's extra columns. All image columns are null unless status is "ok".
+then the list's extra columns. Columns of the body are null if there was
+none, columns of the image are null unless status is "ok".
 
 `attempts`, `seconds`, `detail`, `final_url` and the order of images.tar depend on the moment: keep them out of
 published shards. Everything else is a function of the responses.
 """
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster.executor import Unit
+from cluster.journal import Marker, UnitOutput
+from cluster.store import Store
+from pipeline.config import BuildConfig, FetchConfig, ImageConfig
+from pipeline.http import Downloader, Response
+from pipeline.images import ImageError, Processed, process
+from pipeline.plan import PLANNED
+from pipeline.tar import TarWriter
+
+POLL_S = 0.2
+BUSY_POLL_S = 0.005
+"""While images are being decoded: how long the network may keep a finished one waiting."""
+
+FETCHED = pa.schema(
+    [
+        *(PLANNED.field(name) for name in ("uid", "order", "url", "caption", "num_rows")),
+        pa.field("status", pa.string()),
+        *(PLANNED.field(name) for name in ("reason", "rule", "score", "threshold", "detail")),
+        pa.field("http_status", pa.int32()),
+        pa.field("final_url", pa.string()),
+        pa.field("num_redirects", pa.int32()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("source_format", pa.string()),
+        pa.field("original_width", pa.int32()),
+        pa.field("original_height", pa.int32()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("image_format", pa.string()),
+        pa.field("is_animated", pa.bool_()),
+        pa.field("grey_std", pa.float32()),
+        pa.field("mean_red", pa.float32()),
+        pa.field("mean_green", pa.float32()),
+        pa.field("mean_blue", pa.float32()),
+        pa.field("image_offset", pa.int64()),
+        pa.field("image_size", pa.int64()),
+        pa.field("attempts", pa.int32()),
+        pa.field("seconds", pa.float32()),
+    ]
+)
+"""Columns of rows.parquet; the list's extra columns follow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchStage:
+    """Stage `fetch`: download, decode, resize and encode one unit's rows."""
+
+    store: Store
+    groups: tuple[tuple[str, str, int], ...]
+    """(unit id, path of the planned rows, row group) of each unit."""
+    fetch: FetchConfig
+    image: ImageConfig
+    num_cpus: float
+    memory_bytes: int
+    name: str = "fetch"
+
+    @staticmethod
+    def of(config: BuildConfig, store: Store, ordered: Mapping[str, Marker]) -> "FetchStage":
+        """Cut into units what the markers of `plan-order` name."""
+        return FetchStage(
+            store=store,
+            groups=tuple(
+                (f"{name}-{group:05d}", marker.path_of("rows.parquet"), group)
+                for name, marker in ordered.items()
+                for group in range(marker.counts["units"])
+            ),
+            fetch=config.fetch,
+            image=config.image,
+            num_cpus=config.fetch.num_cpus,
+            memory_bytes=config.fetch.memory_mib * 2**20,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers are told their unit in its parameters: the list of all units does not travel."""
+        return {**self.__dict__, "groups": ()}
+
+    def units(self) -> list[Unit]:
+        return [Unit(id=name, params={"path": path, "group": group}) for name, path, group in self.groups]
+
+    def run(self, unit: Unit, output: UnitOutput) -> None:
+        with self.store.open(unit.params["path"]) as raw, pq.ParquetFile(raw) as file:
+            planned = file.read_row_group(unit.params["group"])
+        with TarWriter(output.path("images.tar")) as tar:
+            outcomes = fetch_rows(planned, tar, self.fetch, self.image)
+        table = _with_outcomes(planned, outcomes)
+        pq.write_table(table, output.path("rows.parquet"), compression="zstd")
+        for reason, num_rows in zip(table["reason"].to_pylist(), table["num_rows"].to_pylist(), strict=True):
+            output.count("rows", num_rows)
+            output.count(f"reason:{reason or 'ok'}", num_rows)
+
+
+Outcome = dict[str, Any]
+"""FETCHED values of one row that the plan does not know."""
+
+
+def fetch_rows(planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: ImageConfig) -> list[Outcome]:
+    """Fetch the planned rows that have no reason yet; kept images go to the tar. One outcome a row, in their order."""
+    outcomes: list[Outcome] = [{"status": "dropped", "attempts": 0} for _ in range(planned.num_rows)]
+    urls, reasons, uids = (planned[name].to_pylist() for name in ("url", "reason", "uid"))
+    wanted = [(index, urls[index]) for index, reason in enumerate(reasons) if reason is None]
+    for index, outcome, processed in _fetch(wanted, fetch, image):
+        if processed is not None:
+            outcome["image_offset"] = tar.add(f"{uids[index]}.{image.format}", processed.data)
+        outcomes[index] = outcome
+    return outcomes
+
+
+def _fetch(
+    wanted: Sequence[tuple[int, str]], fetch: FetchConfig, image: ImageConfig
+) -> Iterator[tuple[int, Outcome, Processed | None]]:
+    """Outcomes as they come. The network and the decoders work side by side and share one limit of memory."""
+    limit_bytes = fetch.memory_mib * 2**20 // 4
+    decoding: deque[tuple[int, Future[tuple[Outcome, Processed | None]]]] = deque()
+    waiting_bytes = 0
+    with Downloader(fetch) as downloader, ThreadPoolExecutor(fetch.decode_threads, "decode") as pool:
+        for index, url in wanted:
+            downloader.submit(index, url)
+        while downloader.num_open or decoding:
+            if downloader.num_open:
+                poll_s = BUSY_POLL_S if decoding else POLL_S
+                for response in downloader.poll(poll_s, limit_bytes - waiting_bytes):
+                    future = pool.submit(_outcome, response, image)
+                    decoding.append((len(response.body), future))
+                    waiting_bytes += len(response.body)
+            else:
+                wait([decoding[0][1]])
+            while decoding and decoding[0][1].done():
+                size_bytes, future = decoding.popleft()
+                waiting_bytes -= size_bytes
+                outcome, processed = future.result()
+                yield outcome.pop("index"), outcome, processed
+
+
+def _outcome(response: Response, image: ImageConfig) -> tuple[Outcome, Processed | None]:
+    """What a response comes to, decoded and encoded if it can be. Runs in a decoder thread."""
+    outcome: Outcome = {field.name: getattr(response, field.name) for field in fields(response)}
+    body: bytes = outcome.pop("body")
+    outcome["status"] = "dropped"
+    if response.reason is not None:
+        return outcome, None
+    outcome["size_bytes"], outcome["sha256"] = len(body), sha256(body).hexdigest()
+    try:
+        processed = process(body, image)
+    except ImageError as refusal:
+        outcome["reason"], outcome["detail"] = refusal.reason.value, refusal.detail
+        return outcome, None
+    told = {field.name: getattr(processed, field.name) for field in fields(processed) if field.name != "data"}
+    outcome |= told | {"status": "ok", "image_format": image.format, "image_size": len(processed.data)}
+    return outcome, processed
+
+
+def _with_outcomes(planned: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+    """The FETCHED table: the plan's columns, the outcomes', the list's own."""
+    columns: dict[str, Any] = {}
+    for field in FETCHED:
+        values = [outcome.get(field.name) for outcome in outcomes]
+        if field.name not in PLANNED.names:
+            columns[field.name] = pa.array(values, field.type)
+        elif field.name in ("reason", "detail"):  # the plan's stays, where it has one
+            columns[field.name] = pc.coalesce(planned[field.name], pa.array(values, field.type))
+        else:
+            columns[field.name] = planned[field.name]
+    extras = [field for field in planned.schema if field.name not in PLANNED.names]
+    columns |= {field.name: planned[field.name] for field in extras}
+    return pa.table(columns, schema=pa.schema([*FETCHED, *extras]))
