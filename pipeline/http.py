@@ -28,7 +28,7 @@ from pipeline.config import FetchConfig
 from pipeline.reasons import Reason, http_reason, is_transient
 from pipeline.urls import UrlError, clean_url
 
-RECEIVE_BYTES = 2**17
+RECEIVE_BYTES = 2**16
 EVICT_MIN_BYTES = 2**20
 RESOLVER_THREADS = 4
 
@@ -93,6 +93,8 @@ class Downloader:
 
     def __init__(self, config: FetchConfig) -> None:
         self._config = config
+        self._num_open = 0
+        self._meter = _Meter()
         self._ready: deque[_Job] = deque()
         self._parked: dict[str, deque[_Job]] = {}  # jobs of hosts that have all the transfers they may have
         self._later: list[tuple[float, int, _Job]] = []  # heap by the time when they may be tried again
@@ -113,17 +115,16 @@ class Downloader:
     @property
     def num_open(self) -> int:
         """Downloads submitted whose response has not been returned."""
-        parked = sum(map(len, self._parked.values()))
-        waiting = len(self._ready) + parked + len(self._later) + len(self._lookups)
-        return waiting + len(self._transfers) + len(self._finished)
+        return self._num_open
 
     @property
     def held_bytes(self) -> int:
         """Bytes received so far by transfers that are under way."""
-        return sum(len(transfer.body) for transfer in self._transfers.values())
+        return self._meter.held_bytes
 
     def submit(self, index: int, url: str) -> None:
         """Queue a download; its response carries the same index."""
+        self._num_open += 1
         try:
             target = clean_url(url)
         except UrlError as error:
@@ -135,7 +136,7 @@ class Downloader:
         """Go on for at most `timeout_s` or until something happens; returns what ended.
 
         limit_bytes: memory for bodies. At the limit nothing new starts; above it the transfers that began last are
-        given up, and begin again when there is room.
+        given up, and begin again when there is room. One turn of the loop may add 0.7 MB a connection.
         """
         self._wake(time.monotonic())
         held = self.held_bytes
@@ -146,6 +147,7 @@ class Downloader:
         for curl, code, text in self._loop.step(self._wait_s(timeout_s)):
             self._end(self._transfers.pop(curl), code, text)
         finished, self._finished = self._finished, []
+        self._num_open -= len(finished)
         return finished
 
     def close(self) -> None:
@@ -181,7 +183,7 @@ class Downloader:
             if self._num_active[job.host] >= config.connections_per_host:
                 self._parked.setdefault(job.host, deque()).append(job)
                 continue
-            transfer = self._idle.pop() if self._idle else _Transfer(config)
+            transfer = self._idle.pop() if self._idle else _Transfer(config, self._meter)
             transfer.begin(job)
             self._num_active[job.host] += 1
             self._transfers[transfer.curl] = transfer
@@ -230,11 +232,18 @@ class Downloader:
         return job
 
 
+class _Meter:
+    """Bytes of bodies that all transfers of a downloader hold."""
+
+    held_bytes = 0
+
+
 class _Transfer:
     """A reusable handle and what it has received for one attempt."""
 
-    def __init__(self, config: FetchConfig) -> None:
+    def __init__(self, config: FetchConfig, meter: _Meter) -> None:
         self.body = bytearray()
+        self._meter = meter
         self._config = config
         self._job: _Job | None = None
         self._is_forbidden = self._is_too_large = False
@@ -252,6 +261,7 @@ class _Transfer:
 
     def end(self) -> _Job:
         assert self._job is not None
+        self._meter.held_bytes -= len(self.body)
         job, self._job, self.body = self._job, None, bytearray()
         return job
 
@@ -261,7 +271,7 @@ class _Transfer:
         assert job is not None
         job.seconds += float(curl.getinfo(pycurl.TOTAL_TIME))
         status = int(curl.getinfo(pycurl.RESPONSE_CODE)) or None
-        reason = self._reason(code, status)
+        reason = self._reason(code, text, status)
         return Response(
             index=job.index,
             reason=reason,
@@ -274,7 +284,7 @@ class _Transfer:
             seconds=round(job.seconds, 4),
         )
 
-    def _reason(self, code: int, status: int | None) -> str | None:
+    def _reason(self, code: int, text: str, status: int | None) -> str | None:
         if self._is_forbidden and code == pycurl.E_COULDNT_CONNECT:
             return Reason.FORBIDDEN_ADDRESS.value
         is_final = code not in (pycurl.E_TOO_MANY_REDIRECTS, pycurl.E_UNSUPPORTED_PROTOCOL)
@@ -282,6 +292,8 @@ class _Transfer:
             return http_reason(status)
         if self._is_too_large:
             return Reason.TOO_LARGE.value
+        if code == pycurl.E_UNSUPPORTED_PROTOCOL and "HTTP/0.9" in text:  # an answer without a status line
+            return Reason.BAD_RESPONSE.value
         if code:
             return _REASONS.get(code, Reason.CONNECTION_FAILED).value
         return None if self.body else Reason.EMPTY_BODY.value
@@ -291,6 +303,7 @@ class _Transfer:
             self._is_too_large = True
             return -1
         self.body += data
+        self._meter.held_bytes += len(data)
         return None
 
     def _open_socket(self, purpose: int, address: Any) -> Any:
