@@ -1,9 +1,13 @@
 """Fetch outputs and small builds for the pipeline's tests."""
 
+import csv
 import hashlib
+import http.server
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ import pytest
 
 from cluster.journal import Journal, Marker
 from cluster.store import Store
+from pipeline.__main__ import main
 
 FETCHED = pa.schema(
     [
@@ -152,3 +157,145 @@ def _row(pair: Pair, place: tuple[int, int] | None) -> dict[str, Any]:
         "image_offset": place[0],
         "image_size": place[1],
     }
+
+
+@dataclass(kw_only=True)
+class Site:
+    """A web server on loopback whose paths mean what they say; see `_answer`. `delay_s` slows every answer."""
+
+    url: str
+    delay_s: float = 0.0
+    num_requests: int = 0
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    answers: dict[str, Any] = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            here.num_requests += 1
+            time.sleep(here.delay_s)
+            status, headers, body = answers.setdefault(self.path, _answer(self.path))
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            """Quiet."""
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
+    here = Site(url=f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield here
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def _answer(path: str) -> tuple[int, dict[str, str], bytes]:
+    """`/kind/name`: (status, headers, body). The same name is the same picture, of whatever kind."""
+    kind, name = path.strip("/").partition("?")[0].split("/")
+    picture = jpeg(name)
+    answers: dict[str, tuple[int, dict[str, str], bytes]] = {
+        "image": (200, {}, picture),
+        "copy": (200, {}, picture),
+        "cut": (200, {}, picture[: len(picture) // 2]),
+        "html": (200, {"Content-Type": "image/jpeg"}, b"<html><body>gone</body></html>"),
+        "empty": (200, {}, b""),
+        "moved": (302, {"Location": f"/image/{name}"}, b""),
+        "blank": (200, {}, bytes(cv2.imencode(".jpg", np.full((48, 64, 3), len(name), np.uint8))[1])),
+        "small": (200, {}, jpeg(name, 12, 12)),
+    }
+    return answers.get(kind, (404, {}, b""))
+
+
+# (kind, name, caption): of a list with everything that a small list can have
+LIST: tuple[tuple[str, str, str], ...] = (
+    *(("image", f"n{number}", f"picture number {number}") for number in range(24)),
+    ("image", "n0", "picture number 0"),
+    ("image", "n0", "another caption"),
+    *(("copy", f"n{number}", f"copy of {number}") for number in range(1, 5)),
+    *(("moved", f"m{number}", f"moved {number}") for number in range(3)),
+    *(("gone", f"g{number}", f"gone {number}") for number in range(3)),
+    ("html", "page", "a page"),
+    ("cut", "cut", "half a picture"),
+    ("empty", "empty", "nothing"),
+    ("blank", "blank", "grey"),
+    ("small", "small", "too small"),
+    ("small", "small", "too small"),
+)
+COUNTS = {
+    # n0 under two captions and n1 to n4 at two addresses are one sample each
+    "kept": 27,
+    "repeated_pair": 1,
+    "duplicate_bytes": 5,
+    "http_404": 3,
+    "not_an_image": 1,
+    "truncated_image": 1,
+    "empty_body": 1,
+    "image_blank": 1,
+    "image_too_small": 2,
+    "unreadable_row": 1,
+    "missing_url": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def url_list(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`LIST` as a CSV file with two extra columns, a row without a URL and a row that cannot be read."""
+    path = tmp_path_factory.mktemp("lists") / "list.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["url", "caption", "licence", "rank"])
+        for rank, (kind, name, caption) in enumerate(LIST):
+            writer.writerow([f"{site.url}/{kind}/{name}", caption, "CC0", rank])
+        writer.writerow(["", "no address", "CC0", 99])
+        file.write("a row,with,too,many,fields\r\n")
+    return path
+
+
+Words = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def words(url_list: Path) -> Words:
+    """The settings of a small build into a folder, as words of a command line; further ones override."""
+
+    def settings(output: Path, *more: str) -> list[str]:
+        return [
+            f"input={url_list}",
+            f"output={output}",
+            "ray.address=inline",
+            "fetch.allow_private_addresses=true",
+            "fetch.backoff_s=0",
+            "plan.rows_per_unit=7",
+            "pack.samples_per_shard=10",
+            "curate.min_side_px=16",
+            *more,
+        ]
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def dataset(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished build that tests may read; copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("dataset") / "out"
+    assert main(["build", *words(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def counts() -> dict[str, int]:
+    """What becomes of the rows of `url_list`."""
+    return COUNTS

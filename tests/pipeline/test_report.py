@@ -1,0 +1,137 @@
+"""The report is one page that needs nothing else, counts every row and shows what was dropped."""
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cluster.report import Section, figure_html, new_figure, read_sections, render_page, sections_json, table_html
+from cluster.store import Store
+from pipeline.__main__ import main
+from pipeline.manifest import read_manifest
+from pipeline.report_data import sample_rows, steps_of
+
+
+class Page(HTMLParser):
+    """Collects what a page loads and whether its tags are balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.loads += [str(values[name]) for name in ("src", "xlink:href") if values.get(name)]
+        if tag == "link":
+            self.loads.append(str(values["href"]))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Nothing stays open."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+
+def test_the_page_loads_nothing_and_is_well_formed(dataset: Path) -> None:
+    text = (dataset / "report/index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert all(address.startswith(("data:", "#")) for address in page.loads)
+    assert "<script" not in text
+    assert "url(http" not in text
+
+
+def test_every_reason_is_told_with_its_number_and_sentence(dataset: Path, counts: dict[str, int]) -> None:
+    text = (dataset / "report/index.html").read_text()
+    for reason, number in counts.items():
+        row = re.search(rf'<div class="row[^>]*><span><code>{reason}</code> (.*?)</span>.*?<b>(\d+)</b>', text)
+        assert row, reason
+        assert int(row.group(2)) == number
+        assert len(row.group(1)) > 10
+
+
+def test_the_funnel_ends_with_what_was_kept(dataset: Path) -> None:
+    store, manifest = read_manifest(str(dataset))
+    steps = steps_of(store, manifest)
+    assert steps[-1].num_left == manifest.num_samples
+    phases = [step.phase for step in steps]
+    assert list(dict.fromkeys(phases)) == ["before the download", "download", "rules on images", "duplicates"]
+    assert phases == sorted(phases, key=phases.index)
+
+
+def test_dropped_pairs_are_shown_with_pictures_where_there_are_any(dataset: Path) -> None:
+    text = (dataset / "report/index.html").read_text()
+    dropped = text[text.index('id="dropped-pairs"') : text.index('id="distributions"')]
+    groups = dict(re.findall(r"<h3><code>(\w+)</code>(.*?)(?=<h3>|$)", dropped, re.S))
+    assert groups["duplicate_bytes"].count("<img") == 10
+    assert groups["image_too_small"].count("<img") == groups["image_blank"].count("<img") == 1
+    assert groups["http_404"].count("<img") == 0
+    assert groups["http_404"].count("/gone/g") == 3
+    assert "curate.min_side_px: 12, limit 16" in groups["image_too_small"]
+
+
+def test_the_report_is_written_again_without_the_downloads(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset, folder)
+    shutil.rmtree(folder / "work")
+    shutil.rmtree(folder / "report")
+    assert main(["report", str(folder)]) == 0
+    assert "27" in (folder / "report/index.html").read_text()
+
+
+def test_sections_are_left_for_joined_pages(dataset: Path) -> None:
+    sections = read_sections((dataset / "report/sections.json").read_bytes())
+    assert [section.title for section in sections][:3] == ["Totals", "What became of every row", "Kept samples"]
+    assert read_sections(sections_json(sections)) == sections
+
+
+def test_large_datasets_are_sampled_by_whole_units(dataset: Path) -> None:
+    sampled = sample_rows(Store(str(dataset)), max_rows=8)
+    assert sampled.rows.num_rows == 14
+    assert not sampled.is_all
+
+
+def test_what_users_wrote_cannot_become_markup() -> None:
+    page = render_page("<b>t", [Section(title="<i>s", html=table_html(["<u>h"], [["<script>x</script>"]]))], lead="&")
+    assert "<script>" not in page
+    assert "<b>t" not in page
+    assert "<i>s" not in page
+    assert "<u>h" not in page
+
+
+def test_captions_cannot_become_markup(dataset: Path, tmp_path: Path, site: object, words: object) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text(f"url,caption\n{site.url}/image/x,<script>alert(1)</script>\n")  # type: ignore[attr-defined]
+    assert main(["build", *words(tmp_path / "out", f"input={path}")]) == 0  # type: ignore[operator]
+    text = (tmp_path / "out/report/index.html").read_text()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert" in text
+
+
+def test_figures_take_the_colours_of_the_page() -> None:
+    figure, axes = new_figure()
+    axes.plot([0, 1], [0, 1], label="line")
+    axes.set_title("A title")
+    axes.legend()
+    svg = figure_html(figure, alt="a & b")
+    assert "currentColor" in svg
+    assert "#01fe02" not in svg
+    assert "<title>a &amp; b</title>" in svg
+    assert svg == figure_html(figure, alt="a & b")
+
+
+def test_columns_of_numbers_are_aligned_right() -> None:
+    html = table_html(["name", "n"], [["a", 1234], ["b", 5.5]])
+    assert '<th>name</th><th class="n">n</th>' in html
+    assert '<td class="n">1,234</td>' in html
+
+
+@pytest.mark.parametrize("rows", [[], [["", ""]]])
+def test_tables_may_be_empty(rows: list[list[str]]) -> None:
+    assert "<table>" in table_html(["a", "b"], rows)
