@@ -51,6 +51,9 @@ class LoopConfig(Config):
     num_ranks: int | None = key(
         None, "training processes; null: one a GPU of the cluster, else 1", affects_result=False, ge=1
     )
+    num_threads: int | None = key(
+        None, "CPU threads of a rank; null: its share of the cores", affects_result=False, ge=1
+    )
     max_restarts: int = key(3, "how often a group that lost a rank is started again", affects_result=False, ge=0)
 
 

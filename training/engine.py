@@ -84,7 +84,8 @@ class Engine:
         import deepspeed
 
         module: nn.Module = self.deepspeed.module
-        whole = _on_cpu(dict(module.named_buffers()))
+        stored = module.state_dict().keys()  # without the buffers that are computed anew
+        whole = _on_cpu({name: buffer for name, buffer in module.named_buffers() if name in stored})
         for name, parameter in module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
                 whole[name] = parameter.detach().cpu().clone()

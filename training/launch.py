@@ -45,8 +45,8 @@ def started_by_torchrun() -> bool:
 
 def run_here(request: RankRequest, display: TrainDisplay) -> Outcome:
     """Train with a single rank in this process, without Ray."""
-    with _single_group(), _stop_on_signals() as stop:
-        rank = _this_rank(num_threads=os.cpu_count() or 1)
+    with single_group(), _stop_on_signals() as stop:
+        rank = _this_rank(request.plan, os.cpu_count() or 1)
         return train(request, rank, stop=stop, watch=display.show)
 
 
@@ -54,7 +54,7 @@ def run_torchrun_rank(request: RankRequest, display: TrainDisplay) -> Outcome:
     """Train as one rank of an initialised torchrun group."""
     with _stop_on_signals() as stop:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        rank = _this_rank(num_threads=max(1, (os.cpu_count() or 1) // ranks_here))
+        rank = _this_rank(request.plan, max(1, (os.cpu_count() or 1) // ranks_here))
         return train(request, rank, stop=stop, watch=display.show)
 
 
@@ -123,7 +123,7 @@ def rank_main(settings: dict[str, Any]) -> Outcome:
     plan = TrainPlan(**(plain | {"config": validate(TrainConfig, plain["config"])}))
     request = RankRequest(plan=plan, output=settings["output"], tokenizer=settings["tokenizer"])
     try:
-        return train(request, _this_rank(num_threads=settings["num_threads"]))
+        return train(request, _this_rank(plan, settings["num_cpus"]))
     except PairmillError as error:
         failure = {"status": error.exit_status, "message": str(error)}
         Store(request.output).write_bytes(FAILURE_FILE, json.dumps(failure).encode())
@@ -145,7 +145,7 @@ def _fit(request: RankRequest, num_ranks: int) -> Any:
         },
         "output": request.output,
         "tokenizer": request.tokenizer,
-        "num_threads": cpus,
+        "num_cpus": cpus,
     }
     with tempfile.TemporaryDirectory(prefix="pairmill-ray-train-") as ray_files:
         return TorchTrainer(
@@ -182,8 +182,9 @@ def _cpus_per_rank(num_ranks: int) -> int:
     raise RequestError(f"train.num_ranks={num_ranks}: the cluster has {sum(nodes)} cores, every rank needs one")
 
 
-def _this_rank(num_threads: int) -> Rank:
+def _this_rank(plan: TrainPlan, num_cpus: int) -> Rank:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    num_threads = plan.config.train.num_threads or num_cpus
     return Rank(index=dist.get_rank(), num_ranks=dist.get_world_size(), device=device, num_threads=num_threads)
 
 
@@ -210,25 +211,21 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _single_group() -> Iterator[None]:
-    """A process group of one; DeepSpeed wants the launcher's variables too."""
+def single_group() -> Iterator[None]:
+    """A process group of one, or the one that there is."""
+    if dist.is_initialized():
+        yield
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    saved = {name: os.environ.get(name) for name in group}
-    os.environ.update(group)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     try:
-        init_torchrun_group()
         yield
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ def _examples_html(examples: list[dict[str, Any]]) -> str:
     parts = []
     for right, title in ((True, "right"), (False, "wrong")):
         figures = Markup().join(_example(example) for example in examples if example["right"] == right)
-        parts.append(Markup("<h3>{}</h3><div class="pictures">{}</div>").format(title, figures))
+        parts.append(Markup('<h3>{}</h3><div class="pictures">{}</div>').format(title, figures))
     return str(Markup().join(parts))
 
 
@@ -152,9 +152,7 @@ def _example(example: dict[str, Any]) -> Markup:
         below = Markup("<b>{}</b><br>is {}<br><small>{}</small>").format(answer, label, note)
     return Markup(
         '<figure class="picture"><img alt="{}" src="data:image/jpeg;base64,{}"><figcaption>{}</figcaption></figure>'
-    ).format(
-        label, example["jpeg"], below
-    )
+    ).format(label, example["jpeg"], below)
 
 
 def _evaluations(store: Store) -> list[str]:

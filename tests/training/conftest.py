@@ -1,10 +1,15 @@
 """A small real dataset in the published form, written through the manifest's own schema."""
 
+import copy
 import hashlib
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
+import yaml
 
+from cluster.config import parse
 from pipeline.manifest import FORMAT_VERSION, MANIFEST_FILE, FileInfo, Manifest, Shard
+from training.command import TrainResult, run_train
+from training.config import TrainConfig
+from training.launch import single_group
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220), "yellow": (230, 220, 40)}
 SHAPES = ("disc", "square", "bar", "ring")
@@ -137,3 +147,85 @@ def make_dataset(tmp_path: Path) -> DatasetMaker:
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 pairs in three shards, 16 concepts in three styles; read only."""
     return write_dataset(tmp_path_factory.mktemp("dataset") / "data")
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone. One for all tests: DeepSpeed cannot change groups in a process."""
+    with single_group():
+        yield
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """Runs a Python command line as two gloo ranks and waits for both; any failure fails the test."""
+
+    def run(words: list[str], timeout_s: float = 120) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *words], env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            )
+            for rank in range(2)
+        ]
+        try:
+            assert [rank.wait(timeout_s) for rank in ranks] == [0, 0]
+        finally:
+            for rank in ranks:
+                rank.kill()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(dataset: Path) -> dict[str, Any]:
+    """Settings of a model that trains in a second: 64 samples, batch 16, bf16, one rank in this process."""
+    return {
+        "data": {"dataset": str(dataset), "select": ["style!=held-out"]},
+        "model": {
+            "embed_dim": 32,
+            "vision": {"width": 48, "depth": 2, "heads": 2, "image_size": 32, "patch_size": 8},
+            "text": {"width": 48, "depth": 2, "heads": 2, "context_length": 16, "vocabulary": "compact"},
+        },
+        "train": {"batch_size": 16, "num_steps": 9, "num_threads": 1},
+        "optim": {"lr": 2e-3, "warmup_steps": 2},
+        "checkpoint": {"every_steps": 3},
+        "log": {"every_steps": 1},
+        "ray": {"address": "inline"},
+    }
+
+
+@pytest.fixture(scope="session")
+def write_config(tiny_settings: dict[str, Any]) -> Callable[..., Path]:
+    """Writes the tiny settings, with changes by dotted key, as a YAML file."""
+
+    def write(path: Path, **changes: Any) -> Path:
+        settings = copy.deepcopy(tiny_settings)
+        path.write_text(yaml.safe_dump(settings | {name.replace("__", "."): value for name, value in changes.items()}))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def train_tiny(
+    write_config: Callable[..., Path], one_rank: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrainResult]:
+    """Runs `pairmill train` in this process on the tiny settings; words are dotted overrides."""
+
+    def train(output: Path | str, *words: str) -> TrainResult:
+        file = write_config(tmp_path_factory.mktemp("config") / "tiny.yaml")
+        return run_train(parse(TrainConfig, [str(file), f"output={output}", *words]))
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def finished_run(train_tiny: Callable[..., TrainResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of nine steps with all its checkpoints; read only."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train_tiny(folder, "checkpoint.keep=9")
+    return folder

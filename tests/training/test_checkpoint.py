@@ -1,0 +1,110 @@
+"""Checkpoints: only whole ones are believed, the newest are kept, and they live on any store."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.errors import RequestError
+from cluster.store import Store
+from training.checkpoint import newest_valid, published
+from training.command import RESULT_FILE, TrainResult
+from training.metrics import read_lines
+
+Trainer = Callable[..., TrainResult]
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run with checkpoints of steps 3, 6 and 9, as if it had been killed at its end."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished_run, copy)
+    (copy / RESULT_FILE).unlink()
+    return copy
+
+
+def newest_step(run: Path) -> int | None:
+    info = newest_valid(Store(str(run)))
+    return info.step if info else None
+
+
+def test_marker_names_every_file(run: Path) -> None:
+    assert [info.step for info in published(Store(str(run)))] == [9, 6, 3]
+    for info in published(Store(str(run))):
+        listed = {file.path for file in info.files}
+        assert listed == {str(path.relative_to(run)) for path in (run / info.folder).rglob("*") if path.is_file()}
+        assert info.samples_seen == 16 * info.step
+    names = {path.name for path in (run / "checkpoints/step-00000009").iterdir()}
+    assert {"weights.pt", "config.json", "tokenizer.json", "random-00000.pt"} <= names
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "mp_rank_00_model_states.pt", "random-00000.pt"])
+def test_truncated_checkpoint_is_never_loaded(run: Path, name: str) -> None:
+    path = run / "checkpoints/step-00000009" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert newest_step(run) == 6
+
+
+def test_changed_bit_or_missing_file_or_marker_is_noticed(run: Path) -> None:
+    weights = run / "checkpoints/step-00000009/weights.pt"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert newest_step(run) == 6
+    (run / "checkpoints/step-00000006/config.json").unlink()
+    assert newest_step(run) == 3
+    (run / "checkpoints/step-00000003.json").write_text('{"step": 3')
+    assert newest_step(run) is None
+
+
+def test_run_with_a_truncated_newest_checkpoint_resumes_from_the_one_before(
+    train_tiny: Trainer, finished_run: Path, run: Path
+) -> None:
+    states = next((run / "checkpoints/step-00000009").glob("*optim_states.pt"))
+    states.write_bytes(states.read_bytes()[:1000])
+    train_tiny(run, "checkpoint.keep=9")
+    expected = [line["loss"] for line in read_lines(Store(str(finished_run)))]
+    assert [line["loss"] for line in read_lines(Store(str(run)))] == expected
+    assert newest_step(run) == 9
+
+
+def test_only_the_newest_are_kept(train_tiny: Trainer, tmp_path: Path) -> None:
+    train_tiny(tmp_path / "run", "checkpoint.keep=2")
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000006.json",
+        "step-00000009",
+        "step-00000009.json",
+    ]
+    assert not list((tmp_path / "run/work").iterdir())
+
+
+def test_run_on_an_object_store_resumes_and_gives_the_same(
+    train_tiny: Trainer, finished_run: Path, tmp_path: Path
+) -> None:
+    url = "memory://checkpoint-test/run"
+    train_tiny(url)
+    store = Store(url)
+    lines = [line["loss"] for line in read_lines(store)]
+    assert lines == [line["loss"] for line in read_lines(Store(str(finished_run)))]
+    store.remove(RESULT_FILE)
+    store.remove("checkpoints/step-00000009.json")
+    train_tiny(url)
+    assert [line["loss"] for line in read_lines(store)] == lines
+    assert any(entry.path.startswith("tensorboard/") for entry in store.find())
+
+
+def test_checkpoint_of_another_number_of_ranks_is_refused(train_tiny: Trainer, run: Path) -> None:
+    marker = run / "checkpoints/step-00000009.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"num_ranks": 2}))
+    with pytest.raises(RequestError, match="written by 2 ranks"):
+        train_tiny(run, "checkpoint.keep=9")
+
+
+def test_weights_are_whole_and_fp32(run: Path) -> None:
+    weights = torch.load(run / "checkpoints/step-00000009/weights.pt", weights_only=True)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+    assert weights["towers.log_scale"].shape == ()
