@@ -47,10 +47,12 @@ from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
 from pipeline.config import BuildConfig, FetchConfig, ImageConfig
-from pipeline.http import Downloader, Response
-from pipeline.images import ImageError, Processed, process
+from pipeline.decode import ImageError
+from pipeline.http import Downloader
+from pipeline.images import Processed, process
 from pipeline.plan import PLANNED
 from pipeline.tar import TarWriter
+from pipeline.transfer import Response
 
 POLL_S = 0.2
 BUSY_POLL_S = 0.005

@@ -24,8 +24,9 @@ from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.config import BuildConfig, FetchConfig
 from pipeline.fetch import FETCHED, FetchStage
-from pipeline.http import Downloader, Response
+from pipeline.http import Downloader
 from pipeline.plan import OrderStage, ReadStage
+from pipeline.transfer import Response
 
 Row = dict[str, Any]
 FAST = ("fetch.allow_private_addresses=true", "fetch.backoff_s=0.02", "fetch.timeout_s=10")
@@ -53,6 +54,7 @@ class Web:
     port: int = 0
     seen: Counter[str] = field(default_factory=Counter)
     connections: int = 0
+    long_answer: bytes = b""
     open_now: Counter[str] = field(default_factory=Counter)
     open_most: Counter[str] = field(default_factory=Counter)
 
@@ -122,8 +124,10 @@ class Web:
                 writer.write(b"\xff")
                 await writer.drain()
                 await asyncio.sleep(0.05)
-        elif kind == "garbage":
-            writer.write(b"this is no HTTP at all\r\n\r\n")
+        elif kind == "long":
+            writer.write(self.long_answer)
+        elif kind == "raw":
+            writer.write(bytes.fromhex(argument))
             return False
         elif kind == "to":
             writer.write(
@@ -135,6 +139,9 @@ class Web:
             writer.write(answer(b"", status="304 Not Modified"))
         await writer.drain()
         return True
+
+    def raw(self, answer: bytes) -> str:
+        return self.url(f"raw/{answer.hex()}")
 
     def redirect(self, target: str) -> str:
         return self.url(f"to/{target.encode().hex()}")
@@ -232,7 +239,6 @@ def test_each_failure_has_its_reason(tmp_path: Path, web: Web) -> None:
         web.url("announced"): "too_large",
         web.url("endless"): "too_large",
         web.url("bomb"): "too_large",
-        web.url("garbage"): "bad_response",
         web.redirect("ftp://a.example/x"): "unsupported_scheme",
         web.redirect("file:///etc/passwd"): "unsupported_scheme",
         "http://127.0.0.1:9/closed": "connection_failed",
@@ -253,6 +259,29 @@ def test_each_failure_has_its_reason(tmp_path: Path, web: Web) -> None:
     assert marker.counts["rows"] == len(expected)
     assert marker.counts["reason:ok"] == 3
     assert marker.counts["reason:too_large"] == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"this is no HTTP at all\r\n\r\n", "bad_response"),
+        (b"", "connection_failed"),
+        (head("200 OK", "Content-Length: -5"), "bad_response"),
+        (head("200 OK", "Content-Length: 5", "Content-Length: 2") + b"ok", "bad_response"),
+        (head("200 OK", "Content-Encoding: gzip", "Content-Length: 4") + b"abcd", "bad_response"),
+        (head("200 OK", "Transfer-Encoding: chunked") + b"10\r\nxx", "truncated"),
+        (head("200 OK", *(f"X-{i}: {'a' * 2_000}" for i in range(200))), "bad_response"),
+        (head("302 \u00ff", "X-\u00ff: \u00fe", "Location: http://a\x01b/"), "invalid_url"),
+        (head("404 Gone", "Content-Length: 500") + b"x", "http_404"),
+    ],
+)
+def test_malformed_answers_have_their_reason(web: Web, answer: bytes, reason: str) -> None:
+    if len(answer) > 10_000:  # too long for a URL
+        web.long_answer, url = answer, web.url("long")
+    else:
+        url = web.raw(answer)
+    config = FetchConfig(allow_private_addresses=True, retries=0)
+    assert [response.reason for response in download(config, [url])] == [reason]
 
 
 def test_transient_failures_are_tried_again_and_permanent_ones_never(tmp_path: Path, web: Web) -> None:
@@ -290,7 +319,7 @@ def test_private_addresses_are_refused_on_redirects_too(web: Web) -> None:
     ]
     config = FetchConfig(timeout_s=5, connect_timeout_s=5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.http.is_public", lambda address: address == "127.0.0.1")
+        patch.setattr("pipeline.transfer.is_public", lambda address: address == "127.0.0.1")
         ended = download(config, [*(web.redirect(target) for target in targets), web.url("jpg/1")])
     assert [response.reason for response in sorted(ended, key=lambda response: response.index)] == [
         *["forbidden_address"] * 3,

@@ -2,8 +2,9 @@ import pytest
 
 from pipeline.addresses import is_public
 from pipeline.config import FetchConfig
-from pipeline.http import Downloader, ca_file
+from pipeline.http import Downloader
 from pipeline.reasons import Reason, is_transient, sentence
+from pipeline.transfer import ca_file
 from pipeline.urls import UrlError, clean_url
 
 

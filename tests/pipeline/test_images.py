@@ -9,7 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline.config import ImageConfig
-from pipeline.images import ImageError, process, sniff
+from pipeline.decode import ImageError, sniff
+from pipeline.images import process
 from pipeline.reasons import Reason
 
 AS_IS = ImageConfig(resize="no", format="png")

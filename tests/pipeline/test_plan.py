@@ -132,7 +132,7 @@ def test_caption_rules_drop_before_the_download_with_score_and_threshold(tmp_pat
     captions = [
         "a",
         "a red bicycle in front of the house",
-        "ein rotes Fahrrad vor dem Haus",
+        "ein rotes Fahrrad mit Korb",
         "oneword",
         "z" * 300,
     ]
@@ -150,7 +150,7 @@ def test_caption_rules_drop_before_the_download_with_score_and_threshold(tmp_pat
     assert verdicts["a"] == ("caption_too_short", "curate.min_caption_chars", 1.0, 3.0)
     assert verdicts["oneword"] == ("caption_too_short", "curate.min_caption_words", 1.0, 2.0)
     assert verdicts["a red bicycle in front of the "] == (None, None, None, None)
-    german = verdicts["ein rotes Fahrrad vor dem Haus"]
+    german = verdicts["ein rotes Fahrrad mit Korb"]
     assert german[:2] == ("caption_language", "curate.languages")
     assert german[2] is not None
     assert german[2] > 0.5

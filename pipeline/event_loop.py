@@ -1,0 +1,72 @@
+"""libcurl's multi interface driven by epoll: any number of transfers in one thread, no polling of idle ones."""
+
+import contextlib
+import select
+import time
+from collections.abc import Iterator
+
+import pycurl
+
+from pipeline.config import FetchConfig
+
+
+class EventLoop:
+    """libcurl's multi handle, told by epoll which sockets are ready."""
+
+    def __init__(self, config: FetchConfig) -> None:
+        self._multi = pycurl.CurlMulti()
+        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
+        self._multi.setopt(pycurl.M_TIMERFUNCTION, self._set_timer)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, config.connections * 2)
+        self._multi.setopt(pycurl.M_MAX_HOST_CONNECTIONS, config.connections_per_host)
+        self._epoll = select.epoll()
+        self._watched: set[int] = set()
+        self._due: float | None = None
+
+    def add(self, curl: pycurl.Curl) -> None:
+        self._multi.add_handle(curl)
+
+    def remove(self, curl: pycurl.Curl) -> None:
+        self._multi.remove_handle(curl)
+
+    def step(self, timeout_s: float) -> Iterator[tuple[pycurl.Curl, int, str]]:
+        """Wait for sockets or the timer, act, and yield (handle, error number, message) of those that ended."""
+        if self._due is not None:
+            timeout_s = max(0.0, min(timeout_s, self._due - time.monotonic()))
+        events = self._epoll.poll(timeout_s) if self._watched or timeout_s else []
+        for descriptor, event in events:
+            ready = (pycurl.CSELECT_IN if event & ~select.EPOLLOUT else 0) | (
+                pycurl.CSELECT_OUT if event & ~select.EPOLLIN else 0
+            )
+            self._multi.socket_action(descriptor, ready)
+        if self._due is not None and self._due <= time.monotonic():
+            self._due = None
+            self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        more = 1
+        while more:
+            more, succeeded, failed = self._multi.info_read()
+            for curl, code, text in (*((curl, 0, "") for curl in succeeded), *failed):
+                self._multi.remove_handle(curl)
+                yield curl, code, text
+
+    def close(self) -> None:
+        self._multi.close()
+        self._epoll.close()
+
+    def _watch(self, action: int, descriptor: int, multi: object, data: object) -> None:
+        if action == pycurl.POLL_REMOVE:
+            self._watched.discard(descriptor)
+            with contextlib.suppress(OSError):  # closed sockets have left epoll by themselves
+                self._epoll.unregister(descriptor)
+            return
+        mask = (select.EPOLLIN if action & pycurl.POLL_IN else 0) | (
+            select.EPOLLOUT if action & pycurl.POLL_OUT else 0
+        )
+        try:
+            self._epoll.modify(descriptor, mask)
+        except FileNotFoundError:
+            self._epoll.register(descriptor, mask)
+        self._watched.add(descriptor)
+
+    def _set_timer(self, timeout_ms: int) -> None:
+        self._due = None if timeout_ms < 0 else time.monotonic() + timeout_ms / 1_000
