@@ -145,7 +145,7 @@ class EvalConfig(Config):
         [], "conditions for the gallery of the 16x16-pixel nearest-neighbour baseline; empty: no baseline"
     )
     batch_size: int = key(256, "pictures or texts of one pass", affects_result=False, unit="samples", ge=1)
-    name: str = key("default", "name of this evaluation in the run's folder", min_length=1)
+    name: str = key("default", "name of this evaluation in the run's folder", pattern=r"^[\w.-]+$")
     output: str = key("", "folder or URL of the results; empty: RUN/eval/NAME", affects_result=False)
 
     @field_validator("templates")

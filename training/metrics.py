@@ -9,6 +9,8 @@ On a local disk lines are appended where they belong; on an object store they ar
 
 import json
 import logging
+import os
+import socket
 import tempfile
 import threading
 import time
@@ -99,9 +101,10 @@ class Beacon:
 
     def post(self, progress: dict[str, Any]) -> None:
         """Make `progress` the newest; older ones that were not written yet are forgotten."""
-        self._newest = progress | {"written": time.time()}
+        self._newest = progress | {"written": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
 
     def _loop(self) -> None:
+        self._exchange()
         while not self._closing.wait(_BEACON_INTERVAL_S):
             self._exchange()
 
