@@ -80,7 +80,7 @@ class RayExecutor:
                     in_flight.append(remote.remote(waiting.pop()))
                 ready, in_flight = ray.wait(in_flight, num_returns=1)
                 for reference in ready:
-                    yield ray.get(reference)
+                    yield _result(reference)
         finally:
             for reference in in_flight:
                 ray.cancel(reference, force=True)
@@ -135,6 +135,18 @@ def unit_task(stage: Stage, journal: Journal) -> Callable[[Unit], Marker | Pairm
 
     run_unit.__name__ = run_unit.__qualname__ = f"{stage.name}_unit"
     return run_unit
+
+
+def _result(reference: ray.ObjectRef) -> Any:
+    """A task's result; what Ray itself reports (worker lost too often, out of memory, import error) as RunError."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RunError(
+            f"a Ray task failed and will not be tried again: {lines[-1] if lines else type(error).__name__}; "
+            "finished units are kept, run the same command to go on"
+        ) from error
 
 
 def _slots(num_cpus: float) -> int:

@@ -51,10 +51,13 @@ def start_ray(config: RayConfig) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     quiet: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address == "local":
-            ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, **quiet)
-        else:
-            ray.init(address, **quiet)
+        # Ray puts the current directory first on its workers' path, where a user's folder named `pipeline` or
+        # `training` would hide ours. Paths of a run are absolute by now.
+        with contextlib.chdir("/"):
+            if address == "local":
+                ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, **quiet)
+            else:
+                ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(

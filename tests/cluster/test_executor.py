@@ -1,6 +1,8 @@
 """Every unit ends with one marker, whatever fails on the way, and a resumed stage runs only what is missing."""
 
 import io
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -37,12 +39,9 @@ class Squares:
             log.write(f"{unit.id}\n")
         if unit.id in self.failing:
             raise ValueError("no square today")
-        if unit.id in self.crashing and first_time:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGKILL)
         output.path("square.txt").write_text(str(unit.params["n"] ** 2), encoding="utf-8")
+        if unit.id in self.crashing and first_time:
+            os.kill(os.getpid(), signal.SIGKILL)
         output.count("rows", 1)
 
     def ran(self, unit_id: str) -> int:
@@ -131,6 +130,17 @@ def test_on_ray_a_killed_worker_is_replaced_and_the_unit_done_once(tmp_path: Pat
     assert stage.ran("00001") == 2
     leftovers = [entry.path for entry in journal.store.find("work") if ".tmp" in entry.path]
     assert leftovers == []
+
+
+def test_on_ray_a_unit_that_always_kills_its_worker_ends_the_run_with_a_message(
+    tmp_path: Path, ray_executor: RayExecutor
+) -> None:
+    class Deadly(Squares):
+        def ran(self, unit_id: str) -> int:
+            return 0
+
+    with pytest.raises(RunError, match="a Ray task failed and will not be tried again"):
+        run(Deadly(tmp_path / "log", crashing=("00001",)), Journal(Store(str(tmp_path / "run"))), ray_executor)
 
 
 def test_on_ray_a_failing_unit_is_named(tmp_path: Path, ray_executor: RayExecutor) -> None:
