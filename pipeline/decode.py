@@ -145,9 +145,7 @@ def _decode_with_pillow(body: bytes, source_format: str, max_pixels: int) -> Dec
             image.seek(0)
             image.load()
             orientation = int(image.getexif().get(EXIF_ORIENTATION, 1) or 1)
-            return Decoded(
-                pixels=_flatten(_as_array(image)), orientation=orientation, is_animated=is_animated
-            )
+            return Decoded(pixels=_flatten(_as_array(image)), orientation=orientation, is_animated=is_animated)
     except OSError as error:
         is_cut = "truncated" in str(error).lower()
         reason = Reason.TRUNCATED_IMAGE if is_cut else Reason.UNDECODABLE_IMAGE

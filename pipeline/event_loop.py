@@ -59,9 +59,7 @@ class EventLoop:
             with contextlib.suppress(OSError):  # closed sockets have left epoll by themselves
                 self._epoll.unregister(descriptor)
             return
-        mask = (select.EPOLLIN if action & pycurl.POLL_IN else 0) | (
-            select.EPOLLOUT if action & pycurl.POLL_OUT else 0
-        )
+        mask = (select.EPOLLIN if action & pycurl.POLL_IN else 0) | (select.EPOLLOUT if action & pycurl.POLL_OUT else 0)
         try:
             self._epoll.modify(descriptor, mask)
         except FileNotFoundError:

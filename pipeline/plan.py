@@ -88,9 +88,7 @@ class ReadStage:
     def of(config: BuildConfig) -> "ReadStage":
         """Look at the lists. Raises RequestError when one is missing, unreadable or lacks a column."""
         sources = list_sources(config.input, config.read.format)
-        return ReadStage(
-            sources=sources, schema=list_schema(sources, config.columns, config.read), seed=config.seed
-        )
+        return ReadStage(sources=sources, schema=list_schema(sources, config.columns, config.read), seed=config.seed)
 
     def units(self) -> list[Unit]:
         return [
@@ -221,9 +219,7 @@ def collapse(table: pa.Table) -> pa.Table:
     firsts = np.flatnonzero(is_first)
     num_rows = np.add.reduceat(table["num_rows"].to_numpy()[by_place], firsts)
     kept = table.take(pa.array(by_place[firsts]))
-    return kept.set_column(
-        kept.schema.get_field_index("num_rows"), "num_rows", pa.array(num_rows, pa.int64())
-    )
+    return kept.set_column(kept.schema.get_field_index("num_rows"), "num_rows", pa.array(num_rows, pa.int64()))
 
 
 def _runs(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

@@ -21,9 +21,7 @@ Rows = tuple[dict[str, pa.Array], int, list[str]]
 """Columns by their names in the list, the number of rows, and the beginnings of what could not be read."""
 
 
-def read_rows(
-    path: Path, source: Source, schema: ListSchema, batch_rows: int = BATCH_ROWS
-) -> Iterator[pa.RecordBatch]:
+def read_rows(path: Path, source: Source, schema: ListSchema, batch_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
     """Every row of a file: url, caption, reason, detail (strings), then the extra columns under their output names.
 
     url: as in the list, null if there is none. caption: "" if there is none. reason: null, or `unreadable_row` with
@@ -63,9 +61,7 @@ def _text_pieces(file: Any, format: str, schema: ListSchema, batch_rows: int) ->
 
 def _read_parquet(path: Path, schema: ListSchema, batch_rows: int) -> Iterator[Rows]:
     with pq.ParquetFile(path) as file:
-        names = [
-            name for name in (schema.url, schema.caption, *schema.extras) if name in file.schema_arrow.names
-        ]
+        names = [name for name in (schema.url, schema.caption, *schema.extras) if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_rows, columns=names):
             columns = {name: _decoded(batch.column(name)) for name in names}
             bad = np.zeros(batch.num_rows, bool)
@@ -73,19 +69,12 @@ def _read_parquet(path: Path, schema: ListSchema, batch_rows: int) -> Iterator[R
                 columns[name], broken = _as_text(columns[name])
                 bad |= broken
             columns = {name: _cast(column, _type_of(name, schema)) for name, column in columns.items()}
-            captions = (
-                columns[schema.caption].filter(pa.array(bad)).fill_null("").to_pylist() if bad.any() else []
-            )
-            good = {
-                name: column.filter(pa.array(~bad)) if bad.any() else column
-                for name, column in columns.items()
-            }
+            captions = columns[schema.caption].filter(pa.array(bad)).fill_null("").to_pylist() if bad.any() else []
+            good = {name: column.filter(pa.array(~bad)) if bad.any() else column for name, column in columns.items()}
             yield good, batch.num_rows - len(captions), captions
 
 
-def _batch(
-    columns: dict[str, pa.Array], num_rows: int, unreadable: list[str], schema: ListSchema
-) -> pa.RecordBatch:
+def _batch(columns: dict[str, pa.Array], num_rows: int, unreadable: list[str], schema: ListSchema) -> pa.RecordBatch:
     """Rows, then the unreadable ones."""
     none = len(unreadable)
     captions = columns.get(schema.caption, pa.nulls(num_rows, pa.string())).fill_null("")
@@ -97,9 +86,7 @@ def _batch(
         pa.nulls(num_rows + none, pa.string()),
     ]
     arrays += [_extended(columns.get(name), num_rows, none, schema.types[name]) for name in schema.extras]
-    return pa.RecordBatch.from_arrays(
-        arrays, names=["url", "caption", "reason", "detail", *schema.extras.values()]
-    )
+    return pa.RecordBatch.from_arrays(arrays, names=["url", "caption", "reason", "detail", *schema.extras.values()])
 
 
 def _extended(column: pa.Array | None, num_rows: int, num_nulls: int, kind: pa.DataType) -> pa.Array:

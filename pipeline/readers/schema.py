@@ -171,9 +171,7 @@ def _require_columns(source: Source, head: dict[str, pa.DataType], columns: Colu
         if name not in head:
             near = _nearest(name, [*head]) or _nearest({"caption": "text"}.get(role, role), [*head])
             hint = f"columns.{role}={near}" if near else f"columns.{role}=NAME"
-            raise RequestError(
-                f"{source.name}: no column {name}; it has {', '.join(head) or 'none'}; set {hint}"
-            )
+            raise RequestError(f"{source.name}: no column {name}; it has {', '.join(head) or 'none'}; set {hint}")
         if pa.types.is_nested(head[name]):
             raise RequestError(
                 f"{source.name}: column {name} holds {head[name]}, not text; set columns.{role} to a text column"

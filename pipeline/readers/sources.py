@@ -154,9 +154,7 @@ def _nothing(fs: Any, path: str, chosen: bool) -> str:
     if not chosen:
         return f"no list in this folder (looked for {', '.join(FORMATS)})"
     with contextlib.suppress(OSError, NotImplementedError):
-        siblings = [
-            posixpath.basename(str(name).rstrip("/")) for name in fs.ls(posixpath.dirname(path), detail=False)
-        ]
+        siblings = [posixpath.basename(str(name).rstrip("/")) for name in fs.ls(posixpath.dirname(path), detail=False)]
         if close := difflib.get_close_matches(posixpath.basename(path), siblings, n=1):
             return f"no such file; did you mean {close[0]}?"
     return "no such file, folder or match"

@@ -130,9 +130,7 @@ class Web:
             writer.write(bytes.fromhex(argument))
             return False
         elif kind == "to":
-            writer.write(
-                answer(b"moved", f"Location: {bytes.fromhex(argument).decode()}", status="302 Found")
-            )
+            writer.write(answer(b"moved", f"Location: {bytes.fromhex(argument).decode()}", status="302 Found"))
         elif kind == "loop":
             writer.write(answer(b"", "Location: /loop", status="301 Moved"))
         elif kind == "nowhere":

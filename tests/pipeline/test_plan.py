@@ -52,9 +52,7 @@ def flat(units: list[list[Row]]) -> list[Row]:
 
 def test_every_row_is_planned_once_in_seeded_order(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", ROWS)
-    units, counts = make_plan(
-        tmp_path / "out", [source], "plan.rows_per_unit=30", "plan.rows_per_range=200", "seed=3"
-    )
+    units, counts = make_plan(tmp_path / "out", [source], "plan.rows_per_unit=30", "plan.rows_per_range=200", "seed=3")
     rows = flat(units)
     assert sorted((row["url"], row["caption"]) for row in rows) == sorted(tuple(row.values()) for row in ROWS)
     assert [row["order"] for row in rows] == sorted(row["order"] for row in rows)
@@ -65,9 +63,7 @@ def test_every_row_is_planned_once_in_seeded_order(tmp_path: Path) -> None:
     assert [row["uid"] for row in flat(other)] != [row["uid"] for row in rows]
 
 
-def test_plan_does_not_depend_on_files_or_their_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_does_not_depend_on_files_or_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("plan.rows_per_unit=40", "plan.rows_per_range=150")
     one, _ = make_plan(tmp_path / "one", [write_csv(tmp_path / "a.csv", ROWS)], *settings)
     shuffled = random.Random(1).sample(ROWS, len(ROWS))
@@ -78,9 +74,7 @@ def test_plan_does_not_depend_on_files_or_their_order(
     assert many == one
 
 
-def test_identical_pairs_are_one_row_that_counts_for_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_identical_pairs_are_one_row_that_counts_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "RUN_ROWS", 8)
     first = pa.table({"url": ["http://a/1", "http://a/2"] * 10, "caption": ["x"] * 20, "n": range(20)})
     second = pa.table({"url": [" http://a/1 ", "http://a/1"], "caption": ["x", "y"], "n": [100, 101]})
@@ -144,8 +138,7 @@ def test_caption_rules_drop_before_the_download_with_score_and_threshold(tmp_pat
         "curate.languages=[en]",
     )
     verdicts = {
-        row["caption"][:30]: (row["reason"], row["rule"], row["score"], row["threshold"])
-        for row in flat(units)
+        row["caption"][:30]: (row["reason"], row["rule"], row["score"], row["threshold"]) for row in flat(units)
     }
     assert verdicts["a"] == ("caption_too_short", "curate.min_caption_chars", 1.0, 3.0)
     assert verdicts["oneword"] == ("caption_too_short", "curate.min_caption_words", 1.0, 2.0)

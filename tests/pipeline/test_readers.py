@@ -114,10 +114,7 @@ def test_folders_and_globs_are_sorted_and_each_file_is_taken_once(tmp_path: Path
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    names = [
-        source.name
-        for source in list_sources([str(tmp_path), str(tmp_path / "*.csv"), str(tmp_path / "b.csv")])
-    ]
+    names = [source.name for source in list_sources([str(tmp_path), str(tmp_path / "*.csv"), str(tmp_path / "b.csv")])]
     assert names == ["a.jsonl", "b.csv", "deep/c.txt"]
     assert not any(str(tmp_path) in name for name in names)
 
@@ -177,9 +174,7 @@ def test_json_file_with_one_object_a_line_is_read_as_such(tmp_path: Path) -> Non
 
 
 def test_late_json_values_of_another_type_become_null(tmp_path: Path) -> None:
-    rows = [{"url": "http://a", "caption": "", "n": 1}] * 1_000 + [
-        {"url": "http://a", "caption": "", "n": "many"}
-    ]
+    rows = [{"url": "http://a", "caption": "", "n": 1}] * 1_000 + [{"url": "http://a", "caption": "", "n": "many"}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
     values = [row["n"] for row in read(str(tmp_path / "list.jsonl"), batch_rows=500)]
     assert values == [1] * 1_000 + [None]
