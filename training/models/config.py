@@ -23,8 +23,8 @@ def _shape(width: int, depth: int, heads: int, mlp_width: int = 0) -> Shape:
 
 
 SIZES: dict[str, Shape] = {
-    "nano": _shape(128, 4, 2),
-    "micro": _shape(192, 6, 3),
+    "nano": _shape(192, 2, 3),
+    "micro": _shape(256, 6, 4),
     "Ti": _shape(192, 12, 3),
     "S": _shape(384, 12, 6),
     "B": _shape(768, 12, 12),
