@@ -4,7 +4,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.errors import EXIT_DONE
+from ray.exceptions import RayError
+
+from cluster.errors import EXIT_DONE, RequestError, RunError
 from cluster.executor import Executor, run_stage
 from cluster.journal import Marker
 from cluster.progress import Progress
@@ -28,19 +30,38 @@ from pipeline.timings import Timing, add_timing, images_per_s, read_timings
 
 def build_command(config: BuildConfig) -> int:
     """Build (or go on building, or only find) a dataset, and print where everything is."""
+    if _is_finished(config.output):
+        return _already_done(config)
     read = ReadStage.of(config)  # looks at the lists: nothing is written when one is missing or unreadable
     run = open_run(config.output, "build", config)
     read.refuse_changed(run.journal)
-    if run.store.exists(MANIFEST_FILE):
-        manifest = read_manifest(config.output)[1]
-        if not run.store.exists(REPORT_FILE):
-            write_report(run.store)
-        print("already done; nothing was changed")
-        print_summary(run.store, manifest)
-        return EXIT_DONE
     with ray_session(config.ray) as executor, Progress(title=f"build {run.store.url}") as progress:
         manifest = Build(config, run, executor, progress).run(read)
     write_report(run.store)
+    print_summary(run.store, manifest)
+    return EXIT_DONE
+
+
+def _is_finished(output: str) -> bool:
+    try:
+        return Store(output).exists(MANIFEST_FILE)
+    except (ValueError, ImportError):  # no such place: open_run says so
+        return False
+
+
+def _already_done(config: BuildConfig) -> int:
+    """Say where a finished dataset is. RequestError when the request differs from what was built."""
+    run = open_run(config.output, "build", config)
+    try:
+        read = ReadStage.of(config)
+    except RequestError:  # the lists may be gone by now
+        read = None
+    if read:
+        read.refuse_changed(run.journal)
+    manifest = read_manifest(config.output)[1]
+    if not run.store.exists(REPORT_FILE):
+        write_report(run.store)
+    print("already done; nothing was changed")
     print_summary(run.store, manifest)
     return EXIT_DONE
 
@@ -102,7 +123,14 @@ class Build:
         """Run a `Stage` (a frozen one, whose members the protocol would have settable) and note what it took."""
         done_before = self._journal.markers(stage.name)
         started = time.monotonic()
-        markers = run_stage(stage, self._journal, self._executor, self._progress)
+        try:
+            markers = run_stage(stage, self._journal, self._executor, self._progress)
+        except RayError as error:  # a worker that dies again and again, or that cannot load the code
+            last_line = str(error).strip().splitlines()[-1]
+            raise RunError(
+                f"stage {stage.name}: Ray gave up on a unit: {type(error).__name__}: {last_line}; "
+                "finished units are kept, run the same command to go on"
+            ) from None
         new = [marker for unit, marker in markers.items() if unit not in done_before]
         if new:
             timing = Timing(

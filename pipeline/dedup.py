@@ -41,10 +41,9 @@ def num_partitions(num_keys: int) -> int:
 def make_keys(sha256: Sequence[str], uids: Sequence[str], unit: int, rows: Sequence[int]) -> Records:
     """Keys of some rows of fetch unit number `unit`, in hash order. Hashes and uids are hex."""
     keys = np.empty(len(rows), KEY)
-    keys["hash_high"] = [int(text[:16], 16) for text in sha256]
-    keys["hash_low"] = [int(text[16:32], 16) for text in sha256]
-    keys["uid_high"] = [int(text[:16], 16) for text in uids]
-    keys["uid_low"] = [int(text[16:32], 16) for text in uids]
+    for name, texts in (("hash", sha256), ("uid", uids)):
+        words = np.frombuffer(bytes.fromhex("".join(text[:32] for text in texts)), ">u8").reshape(-1, 2)
+        keys[f"{name}_high"], keys[f"{name}_low"] = words[:, 0], words[:, 1]
     keys["unit"], keys["row"] = unit, rows
     return _in_hash_order(keys)
 

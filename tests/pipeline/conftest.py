@@ -192,6 +192,9 @@ def site() -> Iterator[Site]:
         daemon_threads = True
         request_queue_size = 128
 
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Clients that were killed hang up in the middle of an answer."""
+
     server = Server(("127.0.0.1", 0), Handler)
     here = Site(url=f"http://127.0.0.1:{server.server_port}")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -222,7 +225,7 @@ def _answer(path: str) -> tuple[int, dict[str, str], bytes]:
 # (kind, name, caption): of a list with everything that a small list can have
 LIST: tuple[tuple[str, str, str], ...] = (
     *(("image", f"n{number}", f"picture number {number}") for number in range(24)),
-    ("image", "n0", "picture number 0"),
+    ("image", "n20", "picture number 20"),
     ("image", "n0", "another caption"),
     *(("copy", f"n{number}", f"copy of {number}") for number in range(1, 5)),
     *(("moved", f"m{number}", f"moved {number}") for number in range(3)),

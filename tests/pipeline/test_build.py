@@ -41,7 +41,7 @@ def test_extra_columns_travel_to_the_samples(dataset: Path) -> None:
     by_url = {row["url"]: row for row in table.to_pylist()}
     for row in by_url.values():
         if "/image/n" in row["url"] and row["caption"].startswith("picture"):
-            assert str(row["rank"]) == row["url"].rpartition("n")[2] or row["rank"] == 24
+            assert str(row["rank"]) == row["url"].rpartition("n")[2] or row["rank"] == "24"
             assert row["licence"] == "CC0"
 
 
@@ -74,7 +74,7 @@ def test_rows_spread_over_other_files_give_the_same_shards(
     assert main(["build", *words(tmp_path / "out", f"input={tmp_path / 'lists'}")]) == 0
     mine, theirs = published(tmp_path / "out"), published(dataset)
     assert {name: data for name, data in mine.items() if name.endswith(".tar")}.keys() <= theirs.keys()
-    # n0 and "too small" stand twice in the lists: which row's rank travels follows from the order of the files
+    # n20 and "too small" stand twice in the lists: which row's rank travels follows from the order of the files
     uids = [row["uid"] for row in _samples(tmp_path / "out")]
     assert uids == [row["uid"] for row in _samples(dataset)]
 
@@ -96,6 +96,21 @@ def test_a_finished_build_is_left_alone(
     assert str(dataset / "report/index.html") in out
     assert published(dataset) == before
     assert site.num_requests == requests
+
+
+def test_a_finished_build_does_not_need_its_lists_but_refuses_changed_ones(
+    url_list: Path, words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = tmp_path / "list.csv"
+    shutil.copy(url_list, lists)
+    settings = words(tmp_path / "out", f"input={lists}")
+    assert main(["build", *settings]) == 0
+    lists.write_text(lists.read_text() + "http://127.0.0.1:1/new,new,CC0,1\n")
+    assert main(["build", *settings]) == 2
+    assert "not those that this run began with" in capsys.readouterr().err
+    lists.unlink()
+    assert main(["build", *settings]) == 0
+    assert "already done" in capsys.readouterr().out
 
 
 def test_a_stopped_build_goes_on_without_fetching_again(dataset: Path, site: Any, words: Any, tmp_path: Path) -> None:
