@@ -130,6 +130,7 @@ def test_columns_of_numbers_are_aligned_right() -> None:
     html = table_html(["name", "n"], [["a", 1234], ["b", 5.5]])
     assert '<th>name</th><th class="n">n</th>' in html
     assert '<td class="n">1,234</td>' in html
+    assert "class" not in table_html(["host"], [["127.0.0.1"]]).replace('class="scroll"', "")
 
 
 @pytest.mark.parametrize("rows", [[], [["", ""]]])
