@@ -10,8 +10,10 @@ from typing import Any
 import pyarrow.dataset
 import pytest
 import webdataset
+from ray.exceptions import WorkerCrashedError
 
 from cluster.config import parse
+from cluster.executor import InlineExecutor
 from pipeline.__main__ import main
 from pipeline.config import BuildConfig
 from pipeline.manifest import read_manifest
@@ -163,7 +165,7 @@ def test_other_settings_in_the_same_output_are_refused(
         (["pack.samples_per_shrad=3"], "did you mean pack.samples_per_shard"),
         (["pack.samples_per_shard=many"], "pack.samples_per_shard=many"),
         (["input=nowhere.parquet"], "nowhere.parquet"),
-        (["columns.url=addres"], "addres"),
+        (["columns.url=link"], "no column link"),
     ],
 )
 def test_bad_requests_leave_no_trace(
@@ -182,6 +184,27 @@ def test_an_empty_list_is_refused(words: Any, tmp_path: Path, capsys: pytest.Cap
         csv.writer(file).writerow(["url", "caption"])
     assert main(["build", *words(tmp_path / "out", f"input={tmp_path / 'empty.csv'}")]) == 2
     assert "no rows" in capsys.readouterr().err
+
+
+def test_an_object_store_gets_the_same_bytes_as_a_folder(dataset: Path, words: Any) -> None:
+    assert main(["build", *words(Path("x"), "output=memory://build-test")]) == 0
+    store, _ = read_manifest("memory://build-test")
+    assert {name: store.read_bytes(name) for name in published(dataset)} == published(dataset)
+
+
+def test_workers_that_keep_dying_are_an_error_with_a_way_on(
+    words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(*units: Any, **resources: Any) -> Any:
+        raise WorkerCrashedError
+
+    monkeypatch.setattr(InlineExecutor, "map_unordered", crash)
+    assert main(["build", *words(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert "stage plan-read: Ray gave up on a unit: WorkerCrashedError" in message
+    assert "Traceback" not in message
+    monkeypatch.undo()
+    assert main(["build", *words(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("command", ["build", "verify", "explain", "report"])
