@@ -8,13 +8,11 @@ reads it there and ends.
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
 import socket
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -24,7 +22,7 @@ import torch.distributed as dist
 
 from cluster.config import validate
 from cluster.errors import PairmillError, RequestError, RunError
-from cluster.session import RayConfig, start_ray
+from cluster.session import RayConfig, interrupt_on_sigterm, start_ray
 from cluster.store import Store
 from training.config import TrainConfig, TrainPlan
 from training.display import TrainDisplay
@@ -97,6 +95,7 @@ def start_for_training(config: RayConfig) -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if config.address in ("", "local") else "1")
     start_ray(config)
+    interrupt_on_sigterm()  # Ray has put its own handler there, which aborts the process
 
 
 def ranks_on_ray(plan: TrainPlan) -> int:
@@ -253,18 +252,18 @@ class _Background:
         self.value: Any = None
         self.error: BaseException | None = None
         self._function = function
-        self._thread = threading.Thread(target=self._run, name="fit", daemon=True)
-        self._thread.start()
+        # Not Thread.join: interrupted by Ctrl-C it takes the thread for ended (CPython 3.11, bpo-45274).
+        self._done = threading.Event()
+        threading.Thread(target=self._run, name="fit", daemon=True).start()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for the end, at most so long; whether it has come."""
-        deadline = time.monotonic() + (timeout_s if math.isfinite(timeout_s) else threading.TIMEOUT_MAX)
-        while self._thread.is_alive() and (left_s := deadline - time.monotonic()) > 0:
-            self._thread.join(min(left_s, 0.1))
-        return not self._thread.is_alive()
+        return self._done.wait(timeout_s)
 
     def _run(self) -> None:
         try:
             self.value = self._function()
         except BaseException as error:  # handed to the thread that waits
             self.error = error
+        finally:
+            self._done.set()

@@ -72,22 +72,36 @@ def losses_of(run: Path, rank: int = 0) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def kill_rank_in_mid_training(run: Path, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
-    """kill -9 of the process of rank 0, once it is past a checkpoint."""
+def wait_for_steps(run: Path, process: subprocess.Popen[str], num_steps: int, timeout_s: float = 120) -> None:
+    """Wait until so many steps are recorded and rank 0 has said who it is."""
     deadline = time.monotonic() + timeout_s
-    while len(read_lines(Store(str(run)))) < KILL_AFTER or not (run / "progress.json").exists():
+    while len(read_lines(Store(str(run)))) < num_steps or not (run / "progress.json").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_rank_in_mid_training(run: Path, process: subprocess.Popen[str]) -> None:
+    """kill -9 of the process of rank 0, once it is past a checkpoint."""
+    wait_for_steps(run, process, KILL_AFTER)
     os.kill(json.loads((run / "progress.json").read_text())["pid"], signal.SIGKILL)
     assert len(read_lines(Store(str(run)))) < NUM_STEPS, "the run was over before it could be killed"
 
 
-def test_killed_rank_is_restarted_by_ray_with_the_same_losses(
+def test_stopped_and_killed_run_on_ray_ends_with_the_same_losses(
     start: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path, undisturbed: list[float]
 ) -> None:
     run = tmp_path / "run"
-    process = start([sys.executable, "-P", "-m"], config, f"output={run}", *WORDS, "ray.address=", "ray.num_cpus=2")
+    words = [config, f"output={run}", *WORDS, "ray.address=", "ray.num_cpus=2"]
+    stopped = start([sys.executable, "-P", "-m"], *words)
+    wait_for_steps(run, stopped, 5)
+    stopped.terminate()
+    _, err = stopped.communicate(timeout=30)
+    assert stopped.returncode == 130, err
+    assert "run the same command to go on" in err
+    assert newest_valid(Store(str(run))) is not None
+    (run / "progress.json").unlink()  # it names the rank of the first start
+    process = start([sys.executable, "-P", "-m"], *words)
     kill_rank_in_mid_training(run, process)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
@@ -119,9 +133,7 @@ def test_sigterm_checkpoints_exits_130_and_says_how_to_go_on(
 ) -> None:
     run = tmp_path / "run"
     process = start([sys.executable, "-P", "-m"], config, f"output={run}", "train.num_steps=100000")
-    while len(read_lines(Store(str(run)))) < 5:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    wait_for_steps(run, process, 5)
     process.terminate()
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
