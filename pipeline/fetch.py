@@ -143,12 +143,15 @@ Outcome = dict[str, Any]
 def fetch_rows(planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: ImageConfig) -> list[Outcome]:
     """Fetch the planned rows that have no reason yet; kept images go to the tar. One outcome a row, in their order."""
     outcomes: list[Outcome] = [{"status": "dropped", "attempts": 0} for _ in range(planned.num_rows)]
+    num_fetched = 0
     urls, reasons, uids = (planned[name].to_pylist() for name in ("url", "reason", "uid"))
     wanted = [(index, urls[index]) for index, reason in enumerate(reasons) if reason is None]
     for index, outcome, processed in _fetch(wanted, fetch, image):
         if processed is not None:
             outcome["image_offset"] = tar.add(f"{uids[index]}.{image.format}", processed.data)
         outcomes[index] = outcome
+        num_fetched += 1
+    assert num_fetched == len(wanted), f"{num_fetched} outcomes of {len(wanted)} downloads"
     return outcomes
 
 

@@ -109,11 +109,13 @@ class Downloader:
         """Bring back what has waited long enough, and what the resolver has judged."""
         while self._later and self._later[0][0] <= now:
             self._ready.append(heapq.heappop(self._later)[2])
-        waiting = self._lookups
-        self._lookups = [entry for entry in waiting if not entry[0].done()]
-        for judged, job, response in waiting:
-            if judged.done():
+        waiting, self._lookups = self._lookups, []
+        for entry in waiting:
+            judged, job, response = entry
+            if judged.done():  # asked once: the answer may come at any moment
                 self._retry_or_finish(job, response, may_retry=judged.result())
+            else:
+                self._lookups.append(entry)
 
     def _start(self) -> None:
         config = self._config

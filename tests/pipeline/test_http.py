@@ -1,3 +1,5 @@
+from concurrent.futures import Future
+
 import pytest
 
 from pipeline.addresses import is_public
@@ -106,3 +108,35 @@ def test_every_reason_has_its_sentence_and_says_whether_to_try_again() -> None:
 
 def test_certificates_are_found() -> None:
     assert ca_file() is not None
+
+
+def test_answer_of_the_resolver_in_mid_turn_ends_a_download_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hesitant(Future[bool]):
+        """Not done when asked first, done when asked again at once."""
+
+        num_asked = 0
+
+        def done(self) -> bool:
+            self.num_asked += 1
+            return self.num_asked > 1
+
+    class Resolver:
+        def __init__(self, *settings: object, **more: object) -> None: ...
+
+        def submit(self, *call: object) -> Hesitant:
+            future = Hesitant()
+            future.set_result(False)
+            return future
+
+        def shutdown(self, **settings: object) -> None: ...
+
+    monkeypatch.setattr("pipeline.http.ThreadPoolExecutor", Resolver)
+    with Downloader(FetchConfig(retries=1, backoff_s=0)) as downloader:
+        for index in range(2):
+            downloader.submit(index, f"http://nonexistent{index}.invalid/")
+        indices = []
+        for _ in range(100):
+            indices += [response.index for response in downloader.poll(0.1, 2**20)]
+            if downloader.num_open <= 0:
+                break
+        assert (sorted(indices), downloader.num_open) == ([0, 1], 0)
