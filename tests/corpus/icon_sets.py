@@ -115,7 +115,8 @@ def load_concepts(node_modules: Path) -> list[Concept]:
     data = node_modules / "emojibase-data"
     groups = _load(data / "meta" / "groups.json")
     other_names = [_labels(_load(data / language / "data.json")) for language in LANGUAGES]
-    concepts, num_toned = [], 0
+    concepts: list[Concept] = []
+    num_toned = 0
     for emoji in sorted(_load(data / "en" / "data.json"), key=lambda emoji: str(emoji["hexcode"])):
         group = emoji.get("group")
         is_gendered_copy = group == _PEOPLE and "200D" in emoji["hexcode"]

@@ -52,6 +52,7 @@ class Picture:
     """One encoded picture and its row of pairs.tsv."""
 
     path: str
+    concept: str
     data: bytes
     row: tuple[str, ...]
 
@@ -66,14 +67,15 @@ def main() -> None:
     sets = [IconSet(arguments.node_modules, style) for style in styles]
     book = NameBook(arguments.node_modules, sets)
     concepts = [c for c in load_concepts(arguments.node_modules) if _is_common(c, sets, book)]
+    drawn = _without_rare({icon_set.style: _draw_style(icon_set, concepts, book) for icon_set in sets})
     rows = []
     for icon_set in sets:
-        pictures = _draw_style(icon_set, concepts, book)
+        pictures = drawn[icon_set.style]
         num_archives = _write_archives(arguments.output, icon_set.style, pictures)
         rows += [picture.row for picture in pictures]
         size_bytes = sum(len(picture.data) for picture in pictures)
         print(f"{icon_set.style}: {len(pictures)} pictures, {size_bytes} bytes, {num_archives} archives", flush=True)
-        _write_licence(arguments.output / "LICENSES", icon_set)
+    _write_licences(arguments.output / "LICENSES", arguments.node_modules, sets)
     _write_tsv(arguments.output / "pairs.tsv", COLUMNS, rows)
     translated = sorted(
         (c for c in concepts if all(c.other_names) and not c.is_toned), key=lambda c: _draw(c.code, "t")
@@ -110,8 +112,16 @@ def _draw_style(icon_set: IconSet, concepts: list[Concept], book: NameBook) -> l
         licence, author = icon_set.info["license"]["spdx"], icon_set.info["author"]["name"]
         caption = _caption(icon_set.style, concept)
         row = (path, icon_set.style, concept.name, caption, concept.category, concept.subgroup, licence, author)
-        pictures.append(Picture(path=path, data=data, row=row))
+        pictures.append(Picture(path=path, concept=concept.name, data=data, row=row))
     return pictures
+
+
+def _without_rare(drawn: dict[str, list[Picture]]) -> dict[str, list[Picture]]:
+    """Leaves out held-out concepts that lost training styles because their drawing was blank or another concept's."""
+    num_styles = Counter(picture.concept for pictures in drawn.values() for picture in pictures)
+    held_out = {picture.concept for picture in drawn[HELD_OUT_STYLE]}
+    rare = {concept for concept in held_out if num_styles[concept] <= MIN_TRAINING_STYLES}
+    return {style: [p for p in pictures if p.concept not in rare] for style, pictures in drawn.items()}
 
 
 def _encode(drawn: Image.Image, draw: float) -> tuple[str, bytes]:
@@ -167,11 +177,28 @@ def _write_archives(folder: Path, style: str, pictures: list[Picture]) -> int:
     return len(batches)
 
 
-def _write_licence(folder: Path, icon_set: IconSet) -> None:
-    """Attribution as CC-BY asks for it: title, author, source, licence, and what was changed."""
+def _write_licences(folder: Path, node_modules: Path, sets: list[IconSet]) -> None:
+    """One file per style, and one for names and keywords. MIT asks for its text, the others for a link to it."""
     folder.mkdir(exist_ok=True)
+    names_licence = (node_modules / "emojibase-data" / "LICENSE").read_text(encoding="utf-8")
+    mit_text = names_licence[names_licence.index("Permission is hereby granted") :]
+    for icon_set in sets:
+        text = _attribution(icon_set)
+        if icon_set.info["license"]["spdx"] == "MIT":
+            text += f"\nCopyright (c) {icon_set.info['author']['name']}\n\n{mit_text}"
+        (folder / f"{icon_set.style}.txt").write_text(text, encoding="utf-8")
+    origin = (
+        "Emoji names, keywords and groups in pairs.tsv, and names in labels.tsv\n"
+        "Obtained from: npm package emojibase-data, https://github.com/milesj/emojibase\n"
+        "It takes them from Unicode CLDR (Unicode-3.0), https://www.unicode.org/license.txt\n\n"
+    )
+    (folder / "emojibase-data.txt").write_text(origin + names_licence, encoding="utf-8")
+
+
+def _attribution(icon_set: IconSet) -> str:
+    """As CC-BY asks for it: title, author, source, licence, and what was changed."""
     info, style = icon_set.info, icon_set.style
-    text = f"""{info["name"]}
+    return f"""{info["name"]}
 Author: {info["author"]["name"]}
 Source: {info["author"]["url"]}
 Licence: {info["license"]["title"]}
@@ -182,7 +209,6 @@ Files: {style}.*.zip
 Changes made: the vector drawings were rasterised to {SIZE_PX}x{SIZE_PX} pixels, most of them placed on a white ground,
 and encoded as WebP, JPEG or PNG with loss. A selection of the drawings is included. Shared under the same licence.
 """
-    (folder / f"{style}.txt").write_text(text, encoding="utf-8")
 
 
 def _write_tsv(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
