@@ -21,10 +21,10 @@ NUM_FETCH_UNITS = 6
 
 
 @pytest.fixture
-def slow(site: Any) -> Iterator[None]:
+def slow(site: Any) -> Iterator[Any]:
     """Answers take long enough for something to happen in mid-build: a fetch unit takes about a second."""
     site.delay_s = 0.6
-    yield
+    yield site
     site.delay_s = 0.0
 
 
@@ -95,7 +95,7 @@ def end(build: psutil.Popen, family: list[psutil.Process]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_driver_resumes_to_the_same_bytes(dataset: Path, words: Any, tmp_path: Path, slow: None) -> None:
+def test_killed_driver_resumes_to_the_same_bytes(dataset: Path, words: Any, tmp_path: Path, slow: Any) -> None:
     folder = tmp_path / "out"
     command = words(folder, "ray.address=", "ray.num_cpus=2")
     build = start(command)
@@ -106,6 +106,7 @@ def test_killed_driver_resumes_to_the_same_bytes(dataset: Path, words: Any, tmp_
     done = num_fetched(folder)
     assert done < NUM_FETCH_UNITS
     assert not (folder / "manifest.json").exists()
+    slow.delay_s = 0.0
     assert main(["build", *command]) == 0
     assert published(folder) == published(dataset)
     assert orphans(folder) == set()
@@ -113,7 +114,7 @@ def test_killed_driver_resumes_to_the_same_bytes(dataset: Path, words: Any, tmp_
 
 @pytest.mark.slow
 def test_killed_worker_is_replaced_and_the_bytes_are_the_same(
-    dataset: Path, words: Any, tmp_path: Path, slow: None
+    dataset: Path, words: Any, tmp_path: Path, slow: Any
 ) -> None:
     folder = tmp_path / "out"
     build = start(words(folder, "ray.address=", "ray.num_cpus=2"))
@@ -152,7 +153,7 @@ def test_what_a_killed_attempt_left_is_swept(dataset: Path, words: Any, tmp_path
     assert published(folder) == published(dataset)
 
 
-def test_interrupted_build_exits_130_and_resumes(dataset: Path, words: Any, tmp_path: Path, slow: None) -> None:
+def test_interrupted_build_exits_130_and_resumes(dataset: Path, words: Any, tmp_path: Path, slow: Any) -> None:
     folder = tmp_path / "out"
     build = start(words(folder))
     wait_until(lambda: num_fetched(folder) >= 1, build)
@@ -161,5 +162,6 @@ def test_interrupted_build_exits_130_and_resumes(dataset: Path, words: Any, tmp_
     assert build.returncode == 130
     assert "interrupted; run the same command to go on" in error.decode()
     assert "Traceback" not in error.decode()
+    slow.delay_s = 0.0
     assert main(["build", *words(folder)]) == 0
     assert published(folder) == published(dataset)
