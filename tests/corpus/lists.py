@@ -43,6 +43,7 @@ BAD_URLS = {
 }
 SHORT_CAPTIONS = ("", "a", "ok")
 REPEATS_SHARE = 0.01
+RENAMED_SHARE = 0.005
 TRANSLATED_SHARE = 0.012
 
 
@@ -130,6 +131,8 @@ def _dirty_rows(rng: random.Random, port: int, pairs: list[Pair]) -> list[Row]:
         add(pair, "caption_too_short", url=_url(port, "img", pair) + "?short", caption=caption)
     for bad, expected in BAD_URLS.items():
         add(rng.choice(pairs), expected, url=bad)
+    for pair in _sample(rng, pairs, RENAMED_SHARE):
+        add(pair, "duplicate_bytes", url=_url(port, "img", pair), caption=f"my photo of the {pair.concept}")
     return rows
 
 

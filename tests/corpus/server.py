@@ -9,9 +9,11 @@ answer depends on the URL alone, but for `flaky`, which fails the first time tha
 import argparse
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -138,10 +140,9 @@ async def serve(port: int) -> None:
 
 @contextlib.contextmanager
 def start_server() -> Iterator[int]:
-    """The server in a process of its own; gives its port and stops it at the end."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), "--port", "0"], stdout=subprocess.PIPE, text=True
-    )
+    """The server in a process of its own; gives its port. It stops at the end, or when this process is killed."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--port", "0", "--until-stdin-closes"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -150,14 +151,24 @@ def start_server() -> Iterator[int]:
         yield int(line)
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()
+
+
+def _exit_with_stdin() -> None:
+    """The pipe's other end closes even where its owner is killed."""
+    sys.stdin.read()
+    os._exit(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="port on every host; 0: a free one")
+    parser.add_argument("--until-stdin-closes", action="store_true", help="stop when the standard input ends")
+    arguments = parser.parse_args()
+    if arguments.until_stdin_closes:
+        threading.Thread(target=_exit_with_stdin, daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(parser.parse_args().port))
+        asyncio.run(serve(arguments.port))
 
 
 if __name__ == "__main__":
