@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import RunError
 from pipeline.readers import text
-from pipeline.readers.schema import UNREADABLE, ListSchema, plain_type
+from pipeline.readers.schema import UNREADABLE, ListSchema, is_double, is_int64, plain_type
 from pipeline.readers.sources import Source, open_source
 from pipeline.reasons import Reason
 
@@ -25,17 +25,35 @@ def read_rows(path: Path, source: Source, schema: ListSchema, batch_rows: int = 
     """Every row of a file: url, caption, reason, detail (strings), then the extra columns under their output names.
 
     url: as in the list, null if there is none. caption: "" if there is none. reason: null, or `unreadable_row` with
-    url null and the row's beginning as caption. An extra value that does not fit its column's type becomes null.
-    path: local copy of the source. Raises RunError when the file breaks off (its rows cannot be counted then).
+    url null and the row's beginning as caption.
+    path: local copy of the source. Raises RunError when the file breaks off (its rows cannot be counted then), and
+    when a key or a value does not go with the columns found in the lists' heads: nothing is dropped in silence.
     """
     try:
         for columns, num_rows, unreadable in _read(path, source, schema, batch_rows):
             yield _batch(columns, num_rows, unreadable, schema)
+    except text.UnforeseenError as error:
+        raise RunError(_what_to_do(error, source, schema)) from None
     except UNREADABLE as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
-            f"{source.name}: breaks off or is damaged ({said}); replace the file and build into another output"
+            f"{source.name}: breaks off or is damaged ({said}); replace the file and run the same command again"
         ) from error
+
+
+def _what_to_do(error: text.UnforeseenError, source: Source, schema: ListSchema) -> str:
+    others = ", ".join(name for name in schema.extras if name != error.name)
+    leave_out = f"leave it out with columns.keep=[{others}]"
+    if source.format not in ("json", "jsonl"):
+        return (
+            f"{source.name}: column {error.name}: {error}; give the column one type in all files, or {leave_out}, "
+            "and build into another output"
+        )
+    return (
+        f"{source.name}: row {error.row}: key {error.name}: {error}; keys and types are taken from the first "
+        f"read.infer_rows={schema.infer_rows} rows of each file: set read.infer_rows to at least {error.row}, or "
+        f"{leave_out}, and build into another output"
+    )
 
 
 def _read(path: Path, source: Source, schema: ListSchema, batch_rows: int) -> Iterator[Rows]:
@@ -46,7 +64,10 @@ def _read(path: Path, source: Source, schema: ListSchema, batch_rows: int) -> It
         return
     with open_source(source, path) as file:
         for piece in _text_pieces(file, source.format, schema, batch_rows):
-            arrays = {name: _typed(values, _type_of(name, schema)) for name, values in piece.columns.items()}
+            arrays = {
+                name: _typed(name, values, _type_of(name, schema), piece.numbers)
+                for name, values in piece.columns.items()
+            }
             yield arrays, piece.num_rows, piece.unreadable
 
 
@@ -56,7 +77,7 @@ def _text_pieces(file: Any, format: str, schema: ListSchema, batch_rows: int) ->
         return text.read_lines(file, schema.url, batch_rows)
     if format in ("csv", "tsv"):
         return text.read_csv(file, "\t" if format == "tsv" else ",", names, batch_rows)
-    return text.read_json(file, names, batch_rows)
+    return text.read_json(file, names, batch_rows, takes_all=schema.takes_all)
 
 
 def _read_parquet(path: Path, schema: ListSchema, batch_rows: int) -> Iterator[Rows]:
@@ -68,7 +89,7 @@ def _read_parquet(path: Path, schema: ListSchema, batch_rows: int) -> Iterator[R
             for name in (schema.url, schema.caption):
                 columns[name], broken = _as_text(columns[name])
                 bad |= broken
-            columns = {name: _cast(column, _type_of(name, schema)) for name, column in columns.items()}
+            columns = {name: _cast(name, column, _type_of(name, schema)) for name, column in columns.items()}
             captions = columns[schema.caption].filter(pa.array(bad)).fill_null("").to_pylist() if bad.any() else []
             good = {name: column.filter(pa.array(~bad)) if bad.any() else column for name, column in columns.items()}
             yield good, batch.num_rows - len(captions), captions
@@ -128,24 +149,41 @@ def _is_utf8(value: bytes) -> bool:
     return True
 
 
-def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
+def _cast(name: str, column: pa.Array, kind: pa.DataType) -> pa.Array:
     """A parquet column in its unified type; text that is not UTF-8 is repaired."""
     if pa.types.is_string(kind):
         return _as_text(column)[0]
-    return column if column.type == kind else pc.cast(column, kind, safe=False)
-
-
-def _typed(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Python values in a column's type; those that do not fit are null."""
     try:
-        if pa.types.is_string(kind):
-            return pa.array(values, kind)
-        if all(type(value) is not bool for value in values) or pa.types.is_boolean(kind):
-            return pa.array(values, kind)
+        return column if column.type == kind else pc.cast(column, kind)
+    except pa.ArrowInvalid as error:
+        raise text.UnforeseenError(0, name, " ".join(str(error).split())) from None
+
+
+def _typed(name: str, values: list[Any], kind: pa.DataType, numbers: list[int]) -> pa.Array:
+    """Python values in a column's type. UnforeseenError for the first that does not fit."""
+    if pa.types.is_string(kind):
+        return pa.array([_to_text(value) for value in values], kind)
+    if fits := _FITS.get(kind):
+        for index, value in enumerate(values):
+            if value is not None and not fits(value):
+                raise _misfit(name, value, kind, numbers[index])
+    try:
+        return pa.array(values, kind)
     except (pa.ArrowException, OverflowError, TypeError):
-        pass
-    fit = _FITS.get(kind)
-    return pa.array([fit(value) for value in values] if fit else [None] * len(values), kind)
+        index = next(index for index, value in enumerate(values) if not _converts(value, kind))
+        raise _misfit(name, values[index], kind, numbers[index]) from None
+
+
+def _misfit(name: str, value: Any, kind: pa.DataType, row: int) -> text.UnforeseenError:
+    return text.UnforeseenError(row, name, f"{_to_text(value)!s:.60} does not fit {kind}")
+
+
+def _converts(value: Any, kind: pa.DataType) -> bool:
+    try:
+        pa.array([value], kind)
+    except (pa.ArrowException, OverflowError, TypeError):
+        return False
+    return True
 
 
 def _to_text(value: Any) -> str | None:
@@ -154,21 +192,9 @@ def _to_text(value: Any) -> str | None:
     return json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace").decode()
 
 
-def _to_int(value: Any) -> int | None:
-    return value if type(value) is int and -(2**63) <= value < 2**63 else None
-
-
-def _to_float(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and abs(value) < 2.0**1023 else None
-
-
-def _to_bool(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-_FITS: dict[pa.DataType, Callable[[Any], Any]] = {
-    pa.string(): _to_text,
-    pa.int64(): _to_int,
-    pa.float64(): _to_float,
-    pa.bool_(): _to_bool,
+_FITS: dict[pa.DataType, Callable[[Any], bool]] = {
+    pa.int64(): is_int64,
+    pa.float64(): is_double,
+    pa.bool_(): lambda value: isinstance(value, bool),
 }
+"""Stricter than Arrow, which takes true for 1."""

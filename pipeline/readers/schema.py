@@ -1,18 +1,17 @@
 """The columns of a list: found in every file's head, unified, and checked against the configuration."""
 
 import difflib
-import itertools
 import lzma
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from cluster.errors import RequestError
 from pipeline.config import ColumnsConfig, ReadConfig
@@ -56,7 +55,6 @@ UNREADABLE = (
     ValueError,
     zlib.error,
     lzma.LZMAError,
-    zstandard.ZstdError,
     pa.ArrowException,
 )
 
@@ -65,13 +63,16 @@ UNREADABLE = (
 class ListSchema:
     """What a list's rows look like. extras: {name in the list: name in the outputs}, in output order.
 
-    types: the Arrow type of each extra column by its name in the list.
+    types: the Arrow type of each extra column by its name in the list. takes_all: the extras are all that there are.
+    infer_rows: how many rows of each JSON file were looked at to find them.
     """
 
     url: str
     caption: str
     extras: dict[str, str]
     types: dict[str, pa.DataType]
+    takes_all: bool
+    infer_rows: int
 
     def fields(self) -> list[pa.Field]:
         """The extra columns as they are in the outputs."""
@@ -96,7 +97,14 @@ def list_schema(sources: Sequence[Source], columns: ColumnsConfig, read: ReadCon
     outputs: dict[str, str] = {}
     for name in wanted:
         outputs[name] = _output_name(name, {*wanted, *outputs.values()})
-    return ListSchema(url=columns.url, caption=columns.caption, extras=outputs, types=types)
+    return ListSchema(
+        url=columns.url,
+        caption=columns.caption,
+        extras=outputs,
+        types=types,
+        takes_all=columns.keep is None,
+        infer_rows=read.infer_rows,
+    )
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -108,17 +116,36 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def infer_type(values: Iterable[Any]) -> pa.DataType:
-    """The type of a JSON column: bool, int64, double, or text (which holds anything, as JSON)."""
-    kinds = {type(value) for value in values if value is not None}
-    fits = all(-(2**63) <= value < 2**63 for value in values if type(value) is int)
-    if not kinds:
-        return pa.null()
-    if kinds == {bool}:
-        return pa.bool_()
-    if kinds == {int} and fits:
-        return pa.int64()
-    return pa.float64() if kinds <= {int, float} else pa.string()
+class Guess:
+    """The type of a JSON column from the values seen: bool, int64, double, or text (which holds anything, as JSON)."""
+
+    def __init__(self) -> None:
+        self._kinds: set[type] = set()
+        self._are_int64 = self._are_doubles = True
+
+    def see(self, value: Any) -> None:
+        if value is not None:
+            self._kinds.add(type(value))
+            self._are_int64 = self._are_int64 and is_int64(value)
+            self._are_doubles = self._are_doubles and is_double(value)
+
+    def type(self) -> pa.DataType:
+        if not self._kinds:
+            return pa.null()
+        if self._kinds == {bool}:
+            return pa.bool_()
+        if self._are_int64:
+            return pa.int64()
+        return pa.float64() if self._are_doubles else pa.string()
+
+
+def is_int64(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def is_double(value: Any) -> bool:
+    """Whether a number is a double as it is: integers only where none is rounded."""
+    return type(value) is float or (type(value) is int and abs(value) <= 2**53)
 
 
 def _probe(source: Source, infer_rows: int) -> dict[str, pa.DataType] | None:
@@ -145,16 +172,21 @@ def _head(source: Source, infer_rows: int) -> dict[str, pa.DataType] | None:
         if source.format in ("csv", "tsv"):
             header = text.csv_header(file, "\t" if source.format == "tsv" else ",")
             return _distinct(source, [(name, pa.string()) for name in header]) if header else None
-        rows = list(itertools.islice(text.json_rows(file), infer_rows))
-    return _json_head(source, rows)
+        return _json_head(source, islice(text.json_rows(file), infer_rows))
 
 
-def _json_head(source: Source, rows: list[Mapping[str, Any] | str]) -> dict[str, pa.DataType] | None:
-    objects = [row for row in rows if not isinstance(row, str)]
-    if rows and not objects:
+def _json_head(source: Source, rows: Iterable[Mapping[str, Any] | str]) -> dict[str, pa.DataType] | None:
+    guesses: dict[str, Guess] = {}
+    num_rows = num_objects = 0
+    for row in rows:
+        num_rows += 1
+        if not isinstance(row, str):
+            num_objects += 1
+            for name, value in row.items():
+                guesses.setdefault(name, Guess()).see(value)
+    if num_rows and not num_objects:
         raise RequestError(f"{source.name}: neither a JSON array of objects nor one JSON object a line")
-    names = dict.fromkeys(name for row in objects for name in row)
-    return {name: infer_type([row.get(name) for row in objects]) for name in names} if rows else None
+    return {name: guess.type() for name, guess in guesses.items()} if num_rows else None
 
 
 def _distinct(source: Source, fields: list[tuple[str, pa.DataType]]) -> dict[str, pa.DataType]:

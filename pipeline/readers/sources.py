@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import zstandard
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import RequestError
@@ -66,7 +66,8 @@ def open_source(source: Source, path: Path | None = None) -> io.BufferedReader:
     if source.compression == "gzip":
         raw = gzip.GzipFile(fileobj=raw)
     elif source.compression == "zstd":
-        raw = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        # python-zstandard's reader takes a frame that breaks off for the end of the file; Arrow's raises.
+        raw = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
     elif source.compression == "bzip2":
         raw = bz2.open(raw)  # noqa: SIM115
     elif source.compression == "xz":

@@ -24,11 +24,24 @@ BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Some rows in column form, in file order, and beside them what could not be read (the beginning of each)."""
+    """Some rows in column form, in file order, and beside them what could not be read (the beginning of each).
+
+    numbers: of the rows in the file, from 1, where the reader knows them.
+    """
 
     columns: dict[str, list[Any]]
     num_rows: int
     unreadable: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+
+
+class UnforeseenError(Exception):
+    """A value or a key that does not go with the columns found in the lists' heads. row: from 1, 0 if not known."""
+
+    def __init__(self, row: int, name: str, what: str) -> None:
+        super().__init__(what)
+        self.row = row
+        self.name = name
 
 
 def read_lines(file: BufferedReader, name: str, size: int) -> Iterator[Piece]:
@@ -38,8 +51,11 @@ def read_lines(file: BufferedReader, name: str, size: int) -> Iterator[Piece]:
 
 
 def csv_header(file: BufferedReader, delimiter: str) -> list[str]:
-    """Names of the columns; [] for an empty file."""
-    return next(_csv_records(file, delimiter), [])
+    """Names of the columns; [] for an empty file. ValueError if they are not UTF-8 text or a quote stays open."""
+    header: Any = next(_csv_records(file, delimiter), [])
+    if not (isinstance(header, list) and _is_text(header)):
+        raise ValueError("the line with the names of the columns is no UTF-8 text, or has a quote that stays open")
+    return list(header)
 
 
 def read_csv(file: BufferedReader, delimiter: str, names: list[str], size: int) -> Iterator[Piece]:
@@ -54,13 +70,17 @@ def read_csv(file: BufferedReader, delimiter: str, names: list[str], size: int) 
         yield Piece(columns=columns, num_rows=len(rows), unreadable=bad)
 
 
-def read_json(file: BufferedReader, names: list[str], size: int) -> Iterator[Piece]:
-    """Objects of a JSON array, or one object a line, whichever the first character says."""
-    return _pieces(json_rows(file), names, size)
+def read_json(file: BufferedReader, names: list[str], size: int, *, takes_all: bool) -> Iterator[Piece]:
+    """Objects of a JSON array, or one object a line, whichever the first character says.
+
+    takes_all: every key is wanted; UnforeseenError for one that is not in `names`.
+    """
+    rows = json_rows(file)
+    return _pieces(_without_further_keys(rows, frozenset(names)) if takes_all else rows, names, size)
 
 
 def json_rows(file: BufferedReader) -> Iterator[Mapping[str, Any] | str]:
-    """Each row's object, or the text of what is none."""
+    """Each row's object, or the text of what is none. ValueError when an array breaks off or goes on after its end."""
     head = file.peek(JSON_CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
     if head.startswith(b"["):
         return _array_rows(_chunks(file))
@@ -69,15 +89,26 @@ def json_rows(file: BufferedReader) -> Iterator[Mapping[str, Any] | str]:
 
 def _pieces(rows: Iterator[Mapping[str, Any] | str | None], names: list[str], size: int) -> Iterator[Piece]:
     """Mappings to columns; strings are unreadable rows, None is nothing."""
-    present = (row for row in rows if row is not None)
+    present = enumerate((row for row in rows if row is not None), 1)
     while batch := list(islice(present, size)):
-        good = [row for row in batch if not isinstance(row, str) and _is_text(row.values())]
-        bad = [_excerpt(row) for row in batch if isinstance(row, str) or not _is_text(row.values())]
+        good = [(number, row) for number, row in batch if not isinstance(row, str) and _is_text(row.values())]
+        bad = [_excerpt(row) for _, row in batch if isinstance(row, str) or not _is_text(row.values())]
         yield Piece(
-            columns={name: [row.get(name) for row in good] for name in names},
+            columns={name: [row.get(name) for _, row in good] for name in names},
             num_rows=len(good),
             unreadable=bad,
+            numbers=[number for number, _ in good],
         )
+
+
+def _without_further_keys(
+    rows: Iterator[Mapping[str, Any] | str], names: frozenset[str]
+) -> Iterator[Mapping[str, Any] | str]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, str) and not row.keys() <= names:
+            name = next(name for name in row if name not in names)
+            raise UnforeseenError(number, name, "not seen before")
+        yield row
 
 
 def _bounded_lines(file: BufferedReader) -> Iterator[str]:
@@ -166,7 +197,7 @@ def _chunks(file: BufferedReader) -> Iterator[str]:
 
 
 def _array_rows(chunks: Iterator[str]) -> Iterator[Mapping[str, Any] | str]:
-    """Elements of a JSON array, parsed one by one. After a syntax error the rest is one unreadable row."""
+    """Elements of a JSON array, parsed one by one. ValueError at a syntax error: what follows cannot be counted."""
     decoder = json.JSONDecoder()
     text = next(chunks).removeprefix("\ufeff").lstrip()[1:]
     at = 0
@@ -174,14 +205,15 @@ def _array_rows(chunks: Iterator[str]) -> Iterator[Mapping[str, Any] | str]:
         while at < len(text) and text[at] in " \t\r\n,":
             at += 1
         if text.startswith("]", at):
+            if text[at + 1 :].strip() or any(chunk.strip() for chunk in chunks):
+                raise ValueError("more text after the end of the array")
             return
         try:
             row, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
             more = next(chunks, None)
             if more is None or len(text) - at > MAX_LINE_BYTES:
-                yield text[at : at + EXCERPT_CHARS] or "the array does not end"
-                return
+                raise ValueError(f"no JSON value and no end of the array at: {_excerpt(text[at:])!r}") from None
             text, at = text[at:] + more, 0
         else:
             yield row if isinstance(row, dict) else str(row)

@@ -48,11 +48,15 @@ def encode(format: str) -> bytes:
 
 
 def read(
-    *patterns: str, keep: list[str] | None = None, format: str = "auto", batch_rows: int = 2
+    *patterns: str,
+    keep: list[str] | None = None,
+    format: str = "auto",
+    batch_rows: int = 2,
+    infer_rows: int = 1_000,
 ) -> list[dict[str, Any]]:
     """Every row of a list, through the whole of the readers."""
     sources = list_sources(patterns, format)
-    schema = list_schema(sources, ColumnsConfig(keep=keep), ReadConfig())
+    schema = list_schema(sources, ColumnsConfig(keep=keep), ReadConfig(infer_rows=infer_rows))
     rows: list[dict[str, Any]] = []
     for source in sources:
         with local_copy(source) as (path, _):
@@ -160,12 +164,21 @@ def test_broken_json_lines_are_counted(tmp_path: Path) -> None:
     assert sum(row["reason"] == "unreadable_row" for row in rows) == 4
 
 
-def test_json_array_that_breaks_off_keeps_what_came_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spoil", [lambda data: data[:-30], lambda data: b"}, {{".join(data.rsplit(b"}, {", 1))])
+def test_json_array_that_breaks_off_or_is_damaged_ends_the_run(tmp_path: Path, spoil: Any) -> None:
     rows = [{"url": f"http://a/{i}", "caption": "ä" * 50} for i in range(5_000)]
-    (tmp_path / "list.json").write_bytes(json.dumps(rows, ensure_ascii=False).encode()[:-30])
-    found = read(str(tmp_path / "list.json"), batch_rows=1_000)
-    assert len([row for row in found if not row["reason"]]) == 4_999
-    assert len([row for row in found if row["reason"] == "unreadable_row"]) == 1
+    (tmp_path / "list.json").write_bytes(spoil(json.dumps(rows, ensure_ascii=False).encode()))
+    with pytest.raises(RunError, match=r"list\.json: breaks off or is damaged .no JSON value and no end"):
+        read(str(tmp_path / "list.json"))
+
+
+def test_json_arrays_one_after_the_other_are_not_taken_for_the_first_alone(tmp_path: Path) -> None:
+    one = json.dumps([{"url": f"http://a/{i}", "caption": "x"} for i in range(2_000)], indent=1)
+    (tmp_path / "list.json").write_text(f"{one}\n{one}\n")
+    with pytest.raises(RunError, match="more text after the end of the array"):
+        read(str(tmp_path / "list.json"))
+    (tmp_path / "list.json").write_text(f"{one}\n \n")
+    assert len(read(str(tmp_path / "list.json"))) == 2_000
 
 
 def test_json_file_with_one_object_a_line_is_read_as_such(tmp_path: Path) -> None:
@@ -173,11 +186,49 @@ def test_json_file_with_one_object_a_line_is_read_as_such(tmp_path: Path) -> Non
     assert len(read(str(tmp_path / "list.json"))) == 3
 
 
-def test_late_json_values_of_another_type_become_null(tmp_path: Path) -> None:
-    rows = [{"url": "http://a", "caption": "", "n": 1}] * 1_000 + [{"url": "http://a", "caption": "", "n": "many"}]
+LATE = [
+    ("many", "many does not fit int64"),
+    (1.5, "1.5 does not fit int64"),
+    (True, "true does not fit int64"),
+    (2**63, "9223372036854775808 does not fit int64"),
+]
+
+
+@pytest.mark.parametrize(("value", "said"), LATE)
+def test_late_json_values_of_another_type_end_the_run_with_row_key_and_remedy(
+    tmp_path: Path, value: Any, said: str
+) -> None:
+    row = {"url": "http://a", "caption": "", "n": 1}
+    rows = [*([row] * 1_000), "broken", row, {**row, "n": value}, row]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    values = [row["n"] for row in read(str(tmp_path / "list.jsonl"), batch_rows=500)]
-    assert values == [1] * 1_000 + [None]
+    with pytest.raises(RunError) as failed:
+        read(str(tmp_path / "list.jsonl"), batch_rows=600)
+    assert str(failed.value).startswith(f"list.jsonl: row 1003: key n: {said}")
+    assert "set read.infer_rows to at least 1003, or leave it out with columns.keep=[]" in str(failed.value)
+    found = read(str(tmp_path / "list.jsonl"), infer_rows=1_003)
+    assert len(found) == 1_004
+    assert read(str(tmp_path / "list.jsonl"), keep=[])[-1].keys() == {"url", "caption", "reason", "detail"}
+
+
+def test_late_json_key_ends_the_run_unless_further_columns_are_named(tmp_path: Path) -> None:
+    row = {"url": "http://a", "caption": "", "n": 1}
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, [*([row] * 1_000), {**row, "late": 2}])))
+    with pytest.raises(RunError, match=r"row 1001: key late: not seen before.*columns\.keep=\[n\]"):
+        read(str(tmp_path / "list.jsonl"))
+    assert [row["n"] for row in read(str(tmp_path / "list.jsonl"), keep=["n"])] == [1] * 1_001
+    assert read(str(tmp_path / "list.jsonl"), infer_rows=2_000)[-1]["late"] == 2
+
+
+def test_numbers_that_a_double_would_round_stay_as_they_are(tmp_path: Path) -> None:
+    row = {"url": "http://a", "caption": ""}
+    rows = [{**row, "n": 0.5}, {**row, "n": 2**60 + 1}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [row["n"] for row in read(str(tmp_path / "list.jsonl"))] == ["0.5", str(2**60 + 1)]
+    base = {"url": ["http://a"], "caption": ["x"]}
+    pq.write_table(pa.table({**base, "n": pa.array([2**60 + 1])}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({**base, "n": pa.array([2.5])}), tmp_path / "b.parquet")
+    with pytest.raises(RunError, match=r"a\.parquet: column n: .*give the column one type in all files"):
+        read(str(tmp_path / "*.parquet"))
 
 
 def test_too_long_line_is_one_unreadable_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,8 +315,22 @@ def test_empty_files_beside_others_are_nothing(tmp_path: Path) -> None:
     assert len(read(str(tmp_path))) == 1
 
 
-def test_compressed_list_that_breaks_off_ends_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [ending for ending in COMPRESS if ending])
+def test_compressed_list_that_breaks_off_ends_the_run(tmp_path: Path, ending: str) -> None:
     body = "url,caption\n" + "".join(f"http://a/{i},{i * 7919 % 10007}\n" for i in range(200_000))
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(body.encode())[:-50_000])
-    with pytest.raises(RunError, match=r"a\.csv\.gz: breaks off"):
-        read(str(tmp_path / "a.csv.gz"), batch_rows=10_000)
+    data = COMPRESS[ending](body.encode())
+    (tmp_path / f"a.csv{ending}").write_bytes(data[: len(data) * 9 // 10])
+    with pytest.raises((RunError, RequestError), match=r"a\.csv.*: (breaks off|cannot be read)"):
+        read(str(tmp_path / f"a.csv{ending}"), batch_rows=10_000)
+
+
+def test_compressed_parts_one_after_the_other_are_read_as_one(tmp_path: Path) -> None:
+    for ending, compress in COMPRESS.items():
+        (tmp_path / f"a.txt{ending}").write_bytes(compress(b"http://a/1\n") + compress(b"http://a/2\n"))
+        assert len(read(str(tmp_path / f"a.txt{ending}"))) == 2
+
+
+def test_header_that_is_no_utf8_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("url,caption\nhttp://a,x\n".encode("utf-16"))
+    assert "names of the columns is no UTF-8 text" in refusal(str(tmp_path / "a.csv"))
+    assert "has a quote that stays open" in refusal(write(tmp_path, "b.csv", 'url,"caption\nhttp://a,x\n'))
