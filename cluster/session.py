@@ -4,14 +4,19 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 from cluster.config import Config, key
 from cluster.errors import RequestError
 from cluster.executor import Executor, InlineExecutor, RayExecutor
 
 logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
 
 
 class RayConfig(Config):
@@ -49,6 +54,8 @@ def start_ray(config: RayConfig) -> None:
     import ray
 
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    _refuse_silent(address)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quiet: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         # Ray puts the current directory first on its workers' path, where a user's folder named `pipeline` or
@@ -64,6 +71,29 @@ def start_ray(config: RayConfig) -> None:
             f"ray.address={address}: no Ray cluster answers there ({first_line}); "
             "start one with `ray start --head`, or leave ray.address empty for a local one"
         ) from None
+    finally:
+        _set_handlers(handlers)
+
+
+def _refuse_silent(address: str) -> None:
+    """Refuse an address at which nothing listens: `ray.init` would try it for many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise RequestError(
+                f"ray.address={address}: no Ray cluster answers there ({error.strerror or error}); "
+                "start one with `ray start --head`, or leave ray.address empty for a local one"
+            ) from None
+
+
+def _set_handlers(handlers: Mapping[int, Any]) -> None:
+    """Take back the signals: Ray's own handler, installed by `ray.init`, aborts the process on SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def interrupt_on_sigterm() -> None:
