@@ -14,7 +14,7 @@ from training.config import TrainConfig, TrainPlan, plan_training
 from training.data.dataset import Dataset
 from training.data.tokenizer import Tokenizer
 from training.display import TrainDisplay
-from training.metrics import read_lines
+from training.metrics import PROGRESS_FILE, STOP_FILE, read_lines
 from training.trainer import Outcome, RankRequest
 
 RESULT_FILE = "result.json"
@@ -87,6 +87,7 @@ def _run_under_torchrun(plan: TrainPlan, dataset: Dataset) -> TrainResult:
         request = None if already_done else prepare(run, plan, dataset, num_ranks)
         if dist.get_rank() == 0:
             dist.barrier()
+        dist.barrier()  # nobody clears leftovers once somebody trains
         if request is None:
             return TrainResult(outcome="done", store=run.store, plan=plan, already_done=True)
         with _display(plan, quiet=dist.get_rank() > 0) as display:
@@ -97,7 +98,7 @@ def _run_under_torchrun(plan: TrainPlan, dataset: Dataset) -> TrainResult:
 
 
 def prepare(run: Run, plan: TrainPlan, dataset: Dataset, num_ranks: int) -> RankRequest:
-    """Make the run's tokenizer if it has none yet, and check that its checkpoints fit the ranks."""
+    """Make the run's tokenizer if it has none yet, check that its checkpoints fit, clear what a killed run left."""
     for info in published(run.store):
         if info.num_ranks != num_ranks:
             raise RequestError(
@@ -105,6 +106,8 @@ def prepare(run: Run, plan: TrainPlan, dataset: Dataset, num_ranks: int) -> Rank
                 f"cannot be taken over by {num_ranks}; use train.num_ranks={info.num_ranks}, or another output"
             )
         break
+    for leftover in (STOP_FILE, launch.FAILURE_FILE, PROGRESS_FILE, "work"):
+        run.store.remove(leftover)
     if not run.store.exists(TOKENIZER_FILE):
         run.store.create(TOKENIZER_FILE, make_tokenizer(plan, dataset).to_json().encode())
     tokenizer = run.store.read_bytes(TOKENIZER_FILE).decode()

@@ -44,6 +44,9 @@ class Engine:
             model=method.to(device), optimizer=optimizer, config=deepspeed_config(config, num_ranks)
         )
 
+        if self.zero_stage == 3:
+            _announce_shared_parameters(self.deepspeed.module)
+
     @property
     def steps(self) -> int:
         """Optimizer steps applied so far."""
@@ -154,6 +157,20 @@ def adamw(method: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: not to norms, biases, temperatures, single tokens and tables of positions."""
     return parameter.ndim >= 2 and "position" not in name.rpartition(".")[2]
+
+
+def _announce_shared_parameters(method: nn.Module) -> None:
+    """Tell ZeRO-3 which parameters the method's own forward pass uses: those of parts that have no forward pass.
+
+    It finds out by itself, but only when a parameter is missing; then its recorded order of use is wrong, which ended
+    runs some steps after they were resumed.
+    """
+    import deepspeed
+
+    for module in method.modules():
+        if type(module).forward is nn.Module.forward:
+            for parameter in module.parameters(recurse=False):
+                deepspeed.zero.register_external_parameter(method, parameter)
 
 
 def _on_cpu(state: dict[str, Any]) -> dict[str, Tensor]:

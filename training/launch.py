@@ -22,17 +22,18 @@ import torch.distributed as dist
 
 from cluster.config import validate
 from cluster.errors import PairmillError, RequestError, RunError
-from cluster.session import RayConfig, interrupt_on_sigterm, start_ray
+from cluster.session import RayConfig, start_ray
 from cluster.store import Store
 from training.config import TrainConfig, TrainPlan
 from training.display import TrainDisplay
-from training.metrics import PROGRESS_FILE, STOP_FILE, read_progress
+from training.metrics import STOP_FILE, read_progress
 from training.trainer import Outcome, Rank, RankRequest, train
 
 logger = logging.getLogger(__name__)
 
 FAILURE_FILE = "failure.json"
 STOP_GRACE_S = 9.0
+MAX_ERROR_LENGTH = 300
 _POLL_INTERVAL_S = 0.5
 
 
@@ -69,8 +70,6 @@ def run_on_ray(request: RankRequest, num_ranks: int, display: TrainDisplay) -> O
     A KeyboardInterrupt asks the ranks to checkpoint and stop, waits a few seconds for that, and is raised again.
     """
     store = Store(request.output)
-    for leftover in (STOP_FILE, FAILURE_FILE, PROGRESS_FILE):
-        store.remove(leftover)
     fit = _Background(lambda: _fit(request, num_ranks))
     try:
         while not fit.wait(_POLL_INTERVAL_S):
@@ -84,7 +83,7 @@ def run_on_ray(request: RankRequest, num_ranks: int, display: TrainDisplay) -> O
     _raise_failure(store)
     _show_newest(store, display)
     if fit.error is not None:
-        raise RunError(f"{_first_line(fit.error)}; checkpoints are kept, run the same command to go on")
+        raise RunError(f"{_first_failure(fit.error)}; checkpoints are kept, run the same command to go on")
     outcome: Outcome = fit.value.return_value
     return outcome
 
@@ -95,7 +94,6 @@ def start_for_training(config: RayConfig) -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0" if config.address in ("", "local") else "1")
     start_ray(config)
-    interrupt_on_sigterm()  # Ray has put its own handler there, which aborts the process
 
 
 def ranks_on_ray(plan: TrainPlan) -> int:
@@ -201,12 +199,13 @@ def _raise_failure(store: Store) -> None:
     raise (RequestError if failure["status"] == RequestError.exit_status else RunError)(failure["message"])
 
 
-def _first_line(error: BaseException) -> str:
-    """The most telling line of an error: of the rank that failed, not of the layers above it."""
-    inner: list[BaseException] = list(getattr(error, "worker_failures", {}).values())
-    text = str(inner[0] if inner else error).strip()
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+def _first_failure(error: BaseException) -> str:
+    """The most telling line of an error: of a rank that failed, not of the layers above it."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    rank, inner = next(iter(failures.items()), (None, error))
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()] or [type(inner).__name__]
+    text = lines[-1] if len(lines[-1]) <= MAX_ERROR_LENGTH else lines[-1][:MAX_ERROR_LENGTH] + "..."
+    return text if rank is None else f"rank {rank} failed: {text}"
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,32 @@ def test_run_with_a_truncated_newest_checkpoint_resumes_from_the_one_before(
     expected = [line["loss"] for line in read_lines(Store(str(finished_run)))]
     assert [line["loss"] for line in read_lines(Store(str(run)))] == expected
     assert newest_step(run) == 9
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_every_zero_stage_resumes_exactly(
+    train_tiny: Trainer, write_config: Callable[..., Path], tmp_path: Path, stage: int
+) -> None:
+    run, words = tmp_path / "run", [f"train.zero_stage={stage}", "checkpoint.keep=9"]
+    config = str(write_config(tmp_path / "tiny.yaml"))
+
+    def train() -> None:
+        if stage < 3:
+            train_tiny(run, *words)
+        else:  # in a process of its own: ZeRO-3 exchanges torch's linear layers for its own, for good
+            command = [sys.executable, "-P", "-m", "training", "train", config, f"output={run}", *words]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+    train()
+    expected = [line["loss"] for line in read_lines(Store(str(run)))]
+    weights = torch.load(run / "checkpoints/step-00000009/weights.pt", weights_only=True)
+    (run / RESULT_FILE).unlink()
+    for step in (6, 9):
+        (run / f"checkpoints/step-{step:08}.json").unlink()
+    train()
+    assert [line["loss"] for line in read_lines(Store(str(run)))] == expected
+    again = torch.load(run / "checkpoints/step-00000009/weights.pt", weights_only=True)
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
 def test_only_the_newest_are_kept(train_tiny: Trainer, tmp_path: Path) -> None:

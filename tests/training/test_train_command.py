@@ -146,14 +146,14 @@ def test_sigterm_checkpoints_exits_130_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "data.datset=x"], "unknown key data.datset; did you mean data.dataset?"),
+        (["train", "data.dataste=x"], "unknown key data.dataste; did you mean data.dataset?"),
         (["train", "data.dataset=x"], "output: required"),
         (["train", "output=x"], "data.dataset: required"),
         (["train", "nothing.yaml"], "no such configuration file"),
         (["train", "data.dataset=x", "output=y", "train.batch_size=many"], "train.batch_size=many"),
         (["train", "data.dataset=x", "output=y", "model.vision.patch_size=15"], "no multiple of patch_size"),
         (["eval", "checkpoint=/nowhere"], "holds no pairmill run"),
-        (["trian"], "did you mean train?"),
+        (["trein"], "did you mean train?"),
         (["report", "/nowhere"], "holds no pairmill run"),
     ],
 )

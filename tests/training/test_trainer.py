@@ -90,6 +90,16 @@ def test_stopped_run_checkpoints_and_goes_on(
     assert losses_of(tmp_path / "run") == losses_of(finished_run)
 
 
+def test_leftovers_of_a_killed_run_are_cleared(train_tiny: Trainer, finished_run: Path, tmp_path: Path) -> None:
+    run = unfinish(finished_run, tmp_path / "run", [3])
+    (run / "stop").write_bytes(b"")
+    (run / "failure.json").write_text("{}")
+    (run / "work/checkpoint-0-killed").mkdir(parents=True)
+    assert train_tiny(run, "checkpoint.keep=9").outcome == "done"
+    assert losses_of(run) == losses_of(finished_run)
+    assert not [name for name in ("stop", "failure.json", "work/checkpoint-0-killed") if (run / name).exists()]
+
+
 def test_same_command_on_a_finished_run_does_nothing(train_tiny: Trainer, finished_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     assert train_tiny(finished_run, "checkpoint.keep=9").already_done
