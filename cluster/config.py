@@ -6,6 +6,7 @@ whether the value can change the run's results. `parse` turns command-line words
 """
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,10 +81,11 @@ def parse(model: type[C], argv: Sequence[str]) -> C:
     wrong type or out of range, or a required key that nobody gave.
     """
     values: dict[str, Any] = {}
+    texts = {name for name, field in walk_keys(model) if _holds_text(field.annotation)}
     for word in argv:
         name, equals, text = word.partition("=")
         if equals and not name.endswith((".yaml", ".yml")):
-            _assign(values, name, _parse_value(text, word))
+            _assign(values, name, _parse_value(text, word, is_text=name in texts))
         elif word.startswith("-"):
             raise RequestError(f"{word}: unknown option; settings are written key=value (see --help)")
         else:
@@ -97,7 +99,7 @@ def load_yaml(path: str) -> dict[str, Any]:
     if file.suffix not in (".yaml", ".yml"):
         raise RequestError(f"{path}: not understood; give a CONFIG.yaml or key=value settings (see --help)")
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such configuration file (looked in {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -149,11 +151,33 @@ def help_text(model: type[Config]) -> str:
     return "\n".join(lines)
 
 
-def _parse_value(text: str, word: str) -> Any:
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it (1.2): no, on, 010, 1:30 and 2024-01-01 are text, not false, true, 8, 90 and a date."""
+
+
+_AMBIGUOUS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _AMBIGUOUS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+
+
+def _parse_value(text: str, word: str, *, is_text: bool) -> Any:
     try:
-        return yaml.safe_load(text) if text else ""
+        value = yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError as error:
         raise RequestError(f"{word}: the value is not readable: {_one_line(error)}") from None
+    return text if is_text and isinstance(value, (bool, int, float)) else value
+
+
+def _holds_text(annotation: Any) -> bool:
+    """Whether a key's values are words, one or several: `output=1.10` is a folder of that name, not the number 1.1."""
+    if typing.get_origin(annotation) is Literal:
+        return all(isinstance(choice, str) for choice in typing.get_args(annotation))
+    options = [option for option in typing.get_args(annotation) if option is not types.NoneType]
+    return annotation is str or (bool(options) and all(_holds_text(option) for option in options))
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -161,8 +185,12 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     here = values
     for part in parents:
         inner = here.setdefault(part, {})
-        if not isinstance(inner, dict):
+        if inner is None:  # a group that was switched off, or left empty in the file
             inner = here[part] = {}
+        if not isinstance(inner, dict):
+            raise RequestError(
+                f"{part}={_show(inner)}: given beside {dotted}, which makes it a group of keys; leave it out"
+            )
         here = inner
     if isinstance(value, dict) and isinstance(here.get(last), dict):
         _merge(here[last], value)

@@ -143,9 +143,19 @@ class BuildConfig(Config):
 
     @model_validator(mode="after")
     def _relations(self) -> "BuildConfig":
-        for problem in (*self._fetch_relations(), *self._curate_relations()):
+        for problem in (*self._place_relations(), *self._fetch_relations(), *self._curate_relations()):
             raise ValueError(problem)
         return self
+
+    def _place_relations(self) -> list[str]:
+        problems = []
+        if not all(pattern.strip() for pattern in self.input):
+            problems.append("input: an empty name; give URL lists: files, globs, folders, any fsspec URL")
+        if self.output.startswith("memory:") and self.ray.address != "inline":
+            problems.append(
+                f"output={self.output}: Ray's workers do not share their memory; choose a folder or an object store"
+            )
+        return problems
 
     def _fetch_relations(self) -> list[str]:
         fetch, columns, problems = self.fetch, self.columns, []

@@ -49,6 +49,31 @@ def test_one_word_is_a_list_of_one_and_a_number_may_be_a_name() -> None:
     assert parse(Example, ["input=[a,b]"]).input == ["a", "b"]
 
 
+@pytest.mark.parametrize("text", ["2024-01-01", "010", "1.10", "1_000", "12:30", "true", "on", "0x10"])
+def test_words_are_taken_as_they_are_written(tmp_path: Path, text: str) -> None:
+    assert parse(Example, [f"input={text}"]).input == [text]
+
+
+@pytest.mark.parametrize("text", ["2024-01-01", "010", "12:30", "on", "no", "0x10"])
+def test_words_of_a_file_are_taken_as_people_mean_them(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"input: [{text}, en]\nseed: 1_000\nfetch: {{timeout_s: 1e-3}}\n")
+    config = parse(Example, [str(tmp_path / "run.yaml")])
+    assert (config.input, config.seed, config.fetch.timeout_s) == ([text, "en"], 1_000, 0.001)
+
+
+def test_true_false_and_null_keep_their_meaning() -> None:
+    class Switches(Config):
+        on: bool = key(False, "a switch")
+        names: StringList | None = key(["a"], "names")
+
+    assert parse(Switches, ["on=true", "names=null"]) == Switches(on=True, names=None)
+    assert parse(Switches, ["on=false", "names=truely"]) == Switches(on=False, names=["truely"])
+
+
+def test_a_value_that_a_group_would_hide_is_refused(tmp_path: Path) -> None:
+    assert "fetch=3: given beside fetch.retries" in refusal("input=a", "fetch=3", "fetch.retries=1")
+
+
 @pytest.mark.parametrize(
     ("word", "wanted"),
     [
