@@ -5,12 +5,15 @@ torch, and a job on a cluster runs exactly what a person would type.
 """
 
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from cluster.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_INTERRUPTED, PairmillError, RequestError
+from cluster.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, PairmillError, RequestError
+
+logger = logging.getLogger(__name__)
 
 OWNERS = {
     "build": ("pipeline", "URL lists -> downloaded, filtered, deduplicated shards"),
@@ -51,6 +54,11 @@ def run_reporting_errors(name: str, action: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader (head, less) has gone: nothing to tell anybody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except OSError as error:  # a full disk, a store that went away, a file that may not be read
+        logger.debug("%s", name, exc_info=True)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{name}: {where}{error.strerror or error}; what is finished is kept", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def module_command(package: str, words: Sequence[str]) -> list[str]:

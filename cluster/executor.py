@@ -127,6 +127,8 @@ def unit_task(stage: Stage, journal: Journal) -> Callable[[Unit], Marker | Pairm
         except PairmillError as error:
             return error
         except Exception as error:  # whatever a unit raises must reach the user with the unit's name
+            if marker := journal.marker(stage.name, unit.id):
+                return marker  # the same command, started twice, did it first and swept our files
             logger.exception("stage %s unit %s failed", stage.name, unit.id)
             return RunError(
                 f"stage {stage.name}, unit {unit.id}: {type(error).__name__}: {error}; "

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import RunError
 from cluster.store import Store
 
 
@@ -65,6 +66,16 @@ class Marker:
         outputs = tuple(OutputFile(**output) for output in plain.pop("outputs"))
         return Marker(outputs=outputs, **plain)
 
+    @staticmethod
+    def read(store: Store, path: str) -> "Marker":
+        """A stored marker. Raises FileNotFoundError, and RunError for one that a crash of the disk has damaged."""
+        try:
+            return Marker.from_json(store.read_bytes(path))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"{store.url_of(path)}: damaged ({error}); remove it and run the same command again"
+            ) from None
+
 
 class UnitOutput:
     """Where one attempt of a unit writes. Files are made under `path(name)`; `count` adds to the marker's counts."""
@@ -100,7 +111,7 @@ class Journal:
     def marker(self, stage: str, unit: str) -> Marker | None:
         """The unit's marker, or None while it is not done."""
         try:
-            return Marker.from_json(self.store.read_bytes(_marker_path(stage, unit)))
+            return Marker.read(self.store, _marker_path(stage, unit))
         except FileNotFoundError:
             return None
 
@@ -108,11 +119,10 @@ class Journal:
         """Every marker of a stage by unit id, in order of unit id."""
         paths = [entry.path for entry in self.store.find(f"journal/{stage}") if entry.path.endswith(".json")]
         if len(paths) < 8:
-            blobs = [self.store.read_bytes(path) for path in paths]
+            found = [Marker.read(self.store, path) for path in paths]
         else:  # a small read each: overlap them, an object store takes tens of milliseconds per read
             with ThreadPoolExecutor(16) as pool:
-                blobs = list(pool.map(self.store.read_bytes, paths))
-        found = (Marker.from_json(blob) for blob in blobs)
+                found = list(pool.map(lambda path: Marker.read(self.store, path), paths))
         return {marker.unit: marker for marker in sorted(found, key=lambda marker: marker.unit)}
 
     def announce(self, stage: str, num_units: int) -> None:

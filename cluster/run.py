@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cluster.config import Config, flatten
-from cluster.errors import RequestError
+from cluster.errors import PairmillError, RequestError
 from cluster.journal import Journal
 from cluster.store import Store
 
@@ -32,9 +32,21 @@ def open_run(output: str, kind: str, config: Config) -> Run:
     """Register a run in its output folder, or resume the one that is there.
 
     kind: "build", "train" or "eval". config: stored whole in run.json; only keys with affects_result are compared.
-    Raises RequestError when the folder holds another run or files that belong to no run.
+    Raises RequestError when the folder holds another run or files that belong to no run, or cannot be used.
     """
     store = _open_store(output)
+    try:
+        return _register(store, kind, config)
+    except PairmillError:
+        raise
+    except Exception as error:  # the first time that we touch this place: each file system has errors of its own
+        said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(
+            f"output={store.url}: cannot be read or written ({said}); choose a folder that this user may write"
+        ) from error
+
+
+def _register(store: Store, kind: str, config: Config) -> Run:
     record = {
         "kind": kind,
         "pairmill": version("pairmill"),
@@ -58,6 +70,8 @@ def read_run(store: Store) -> dict[str, Any] | None:
         loaded = json.loads(store.read_bytes(RUN_FILE))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise RequestError(f"{store.url}: cannot be read as the folder of a run ({error.strerror or error})") from None
     except ValueError as error:
         raise RequestError(
             f"{store.url_of(RUN_FILE)}: not readable as JSON ({error}); choose another output or remove this folder"
@@ -88,7 +102,7 @@ def _open_store(output: str) -> Store:
 def _refuse_strangers(store: Store) -> None:
     if store.is_local:
         strangers = [entry.path for entry in store.find() if not entry.path.startswith(".")][:3]
-        if strangers:
+        if strangers and read_run(store) is None:  # else they belong to the same command, started beside us
             raise RequestError(
                 f"output={store.url}: holds files that belong to no pairmill run ({', '.join(strangers)}, ...); "
                 "choose an empty or new folder"

@@ -88,7 +88,7 @@ def _refuse_silent(address: str) -> None:
             ) from None
 
 
-def _set_handlers(handlers: Mapping[int, Any]) -> None:
+def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
     """Take back the signals: Ray's own handler, installed by `ray.init`, aborts the process on SIGTERM."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():

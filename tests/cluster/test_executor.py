@@ -84,6 +84,31 @@ def test_the_first_attempt_to_commit_wins_and_the_loser_is_swept(tmp_path: Path)
     assert [entry.path for entry in journal.store.find("work")] == [winners[0].path_of("out.txt")]
 
 
+def test_a_unit_that_another_run_did_first_and_swept_is_done(tmp_path: Path) -> None:
+    """Two operators start the same build: the faster one ends the stage while the slower is still at work."""
+    journal = Journal(Store(str(tmp_path / "run")))
+
+    class Overtaken(Squares):
+        def run(self, unit: Unit, output: UnitOutput) -> None:
+            super().run(unit, output)
+            if unit.id == "00002":
+                other = Squares(tmp_path / "other")
+                assert run(other, journal) == ["0", "1", "4"]
+
+    assert run(Overtaken(tmp_path / "log"), journal) == ["0", "1", "4"]
+    assert [entry.path for entry in journal.store.find("work") if ".tmp" in entry.path] == []
+
+
+def test_a_damaged_marker_is_named(tmp_path: Path) -> None:
+    journal = Journal(Store(str(tmp_path / "run")))
+    run(Squares(tmp_path / "log"), journal)
+    journal.store.write_bytes("journal/squares/00001.json", b"\0\0")
+    with pytest.raises(RunError, match=r"journal/squares/00001\.json: damaged .*; remove it and run the same"):
+        run(Squares(tmp_path / "log"), journal)
+    journal.store.remove("journal/squares/00001.json")
+    assert run(Squares(tmp_path / "log"), journal) == ["0", "1", "4"]
+
+
 def test_an_attempt_that_fails_leaves_no_files(tmp_path: Path) -> None:
     journal = Journal(Store(str(tmp_path / "run")))
 

@@ -7,6 +7,7 @@ import pytest
 from cluster.config import Config, key
 from cluster.errors import RequestError
 from cluster.run import open_run, require_run
+from cluster.store import Entry, Store
 
 
 class Small(Config):
@@ -52,3 +53,29 @@ def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
 def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(RequestError, match="cannot open this location"):
         open_run("nowhere://bucket/out", "build", Small())
+
+
+@pytest.mark.parametrize("place", ["list.csv", "list.csv/out", "/proc/out"])
+def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "list.csv").write_text("url,caption\n")
+    with pytest.raises(RequestError, match=r"cannot be read|cannot be read or written"):
+        open_run(str(tmp_path / place), "build", Small())
+
+
+def test_a_file_is_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("url,caption\n")
+    with pytest.raises(RequestError, match=r"cannot be read as the folder of a run \(Not a directory\)"):
+        require_run(str(tmp_path / "list.csv"))
+
+
+def test_the_same_command_started_twice_at_once_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one registers between our look for a run and our look for strangers."""
+    find = Store.find
+
+    def find_late(store: Store, prefix: str = "") -> list[Entry]:
+        monkeypatch.setattr(Store, "find", find)
+        open_run(str(tmp_path / "out"), "build", Small())
+        return find(store, prefix)
+
+    monkeypatch.setattr(Store, "find", find_late)
+    assert open_run(str(tmp_path / "out"), "build", Small()).resumed is True
