@@ -3,7 +3,8 @@
 Stage `plan-read`, one unit per source file (unit id `00000-<hash of name and size>`, ... in source order):
     rows.parquet   sorted runs of PLANNED rows (below, with `order`), a bounded number of rows in memory
     source.json    {"path", "size_bytes", "sha256", "num_rows"}: the entry of `Manifest.sources`
-    counts         rows (input rows), pairs (rows written)
+    stamp.txt      the file's stamp when it was listed: tells whether its content has to be compared on resume
+    counts         rows (input rows), pairs (rows written), text_bytes (of all text in the input rows)
 Stage `plan-order`, one unit per range of the 64-bit order (unit id `00000`, ...):
     rows.parquet   PLANNED rows of the range in (order, uid) order; each row group is one fetch unit
     counts         rows (input rows), pairs (distinct pairs = rows in the file), units (row groups),
@@ -30,6 +31,7 @@ order, or the number of workers. (Extra columns of identical pairs are those of 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ from pipeline.urls import url_problems
 
 RUN_ROWS = 262_144
 RUN_BYTES = 256 * 2**20
+RANGE_TEXT_BYTES = 2**30
+"""A range holds about this much text at most: Arrow's strings end at 2 GiB a column."""
 READ_GROUP_ROWS = 8_192
 """Rows in a row group of a sorted run: a range task reads little beyond its range."""
 BYTES_PER_ROW = 2_048
@@ -97,12 +101,28 @@ class ReadStage:
         ]
 
     def refuse_changed(self, journal: Journal) -> None:
-        """Raise RequestError when an earlier run of the same build read other files than there are now."""
-        _refuse_changed(journal, [unit.id for unit in self.units()])
+        """Raise RequestError when an earlier run of the same build read other files than there are now.
+
+        A file of the same name and size is read again only if it may have been written to since.
+        """
+        markers = journal.markers(self.name)
+        _refuse_others(markers, [unit.id for unit in self.units()])
+        with ThreadPoolExecutor(16) as pool:
+            done = [
+                (source, markers[unit.id])
+                for source, unit in zip(self.sources, self.units(), strict=True)
+                if unit.id in markers
+            ]
+            for source, is_same in pool.map(lambda item: (item[0], _is_same(journal.store, *item)), done):
+                if not is_same:
+                    raise RequestError(
+                        f"{source.name}: its content is not what this run began with (same size, other sha256); "
+                        "put the file back, or choose another output"
+                    )
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         source = self.sources[unit.params["source"]]
-        num_rows = num_pairs = 0
+        num_rows = num_pairs = text_bytes = 0
         with (
             local_copy(source) as (path, sha256),
             _writer(output.path("rows.parquet"), self._planned()) as writer,
@@ -113,10 +133,13 @@ class ReadStage:
                 writer.write_table(ordered, row_group_size=READ_GROUP_ROWS)
                 num_rows += run.num_rows
                 num_pairs += ordered.num_rows
+                text_bytes += _text_bytes(run)
         entry = {"path": source.name, "size_bytes": source.size_bytes, "sha256": sha256, "num_rows": num_rows}
         output.path("source.json").write_text(json.dumps(entry, indent=1, sort_keys=True))
+        output.path("stamp.txt").write_text(source.stamp)
         output.count("rows", num_rows)
         output.count("pairs", num_pairs)
+        output.count("text_bytes", text_bytes)
 
     def _planned(self) -> pa.Schema:
         return pa.schema([*PLANNED, *self.schema.fields()])
@@ -161,15 +184,16 @@ class OrderStage:
     @staticmethod
     def of(config: BuildConfig, store: Store, sources: Mapping[str, Marker]) -> "OrderStage":
         """Plan from the markers of `plan-read`. Raises RequestError when the lists are empty or were changed."""
-        _refuse_changed(Journal(store), list(sources))
+        _refuse_others(Journal(store).markers("plan-read"), list(sources))
         num_rows = sum(marker.counts["rows"] for marker in sources.values())
         if num_rows == 0:
             raise RequestError(f"input={', '.join(config.input)}: the lists have no rows")
         per_range = config.plan.rows_per_range
+        text_bytes = sum(marker.counts["text_bytes"] for marker in sources.values())
         return OrderStage(
             store=store,
             runs=tuple(marker.path_of("rows.parquet") for marker in sources.values()),
-            num_ranges=-(-num_rows // per_range),
+            num_ranges=max(-(-num_rows // per_range), -(-text_bytes // RANGE_TEXT_BYTES)),
             rows_per_unit=config.plan.rows_per_unit,
             curate=config.curate,
             memory_bytes=min(num_rows, per_range) * BYTES_PER_ROW + RUN_BYTES,
@@ -242,8 +266,20 @@ def _fingerprint(source: Source) -> str:
     return hashlib.sha256(f"{source.name}\n{source.size_bytes}".encode()).hexdigest()[:8]
 
 
-def _refuse_changed(journal: Journal, units: Sequence[str]) -> None:
-    if others := sorted({*journal.markers("plan-read")} - {*units}):
+def _text_bytes(table: pa.Table) -> int:
+    columns = (column for column in table.columns if pa.types.is_string(column.type))
+    return sum(int(pc.sum(pc.binary_length(column)).as_py() or 0) for column in columns)
+
+
+def _is_same(store: Store, source: Source, marker: Marker) -> bool:
+    if store.read_bytes(marker.path_of("stamp.txt")).decode() == source.stamp:
+        return True
+    with local_copy(source) as (_, sha256):
+        return bool(json.loads(store.read_bytes(marker.path_of("source.json")))["sha256"] == sha256)
+
+
+def _refuse_others(markers: Mapping[str, Marker], units: Sequence[str]) -> None:
+    if others := sorted({*markers} - {*units}):
         raise RequestError(
             f"input: the lists are not those that this run began with (list {int(others[0][:5]) + 1} was another file "
             "or had another size); put them back, or choose another output"

@@ -87,8 +87,8 @@ def list_schema(sources: Sequence[Source], columns: ColumnsConfig, read: ReadCon
     """
     with ThreadPoolExecutor(16) as pool:
         heads = list(pool.map(lambda source: _probe(source, read.infer_rows), sources))
-    filled = [(source, head) for source, head in zip(sources, heads, strict=True) if head is not None]
-    if not filled:
+    filled = [(source, head.types) for source, head in zip(sources, heads, strict=True) if head is not None]
+    if not any(head is not None and head.has_rows for head in heads):
         raise RequestError(f"input: no rows in {', '.join(source.name for source in sources[:3])}")
     for source, head in filled:
         _require_columns(source, head, columns)
@@ -148,7 +148,15 @@ def is_double(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) <= 2**53)
 
 
-def _probe(source: Source, infer_rows: int) -> dict[str, pa.DataType] | None:
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """What the beginning of a file tells: the types of its columns, and whether rows follow."""
+
+    types: dict[str, pa.DataType]
+    has_rows: bool
+
+
+def _probe(source: Source, infer_rows: int) -> _Head | None:
     """Columns and types from a file's head; None for a file of no bytes."""
     if source.size_bytes == 0:
         return None
@@ -161,21 +169,22 @@ def _probe(source: Source, infer_rows: int) -> dict[str, pa.DataType] | None:
         ) from None
 
 
-def _head(source: Source, infer_rows: int) -> dict[str, pa.DataType] | None:
+def _head(source: Source, infer_rows: int) -> _Head | None:
     if source.format == "parquet":
-        with fsspec.open(source.url, "rb") as file:
-            return _distinct(source, [(field.name, plain_type(field.type)) for field in pq.read_schema(file)])
+        with fsspec.open(source.url, "rb") as raw, pq.ParquetFile(raw) as file:
+            fields = [(field.name, plain_type(field.type)) for field in file.schema_arrow]
+            return _Head(types=_distinct(source, fields), has_rows=file.metadata.num_rows > 0)
     with open_source(source) as file:
         if source.format == "txt":
-            file.read(1)
-            return {}
+            return _Head(types={}, has_rows=bool(file.read(1)))
         if source.format in ("csv", "tsv"):
-            header = text.csv_header(file, "\t" if source.format == "tsv" else ",")
-            return _distinct(source, [(name, pa.string()) for name in header]) if header else None
+            header, has_rows = text.csv_header(file, "\t" if source.format == "tsv" else ",")
+            types = _distinct(source, [(name, pa.string()) for name in header])
+            return _Head(types=types, has_rows=has_rows) if header else None
         return _json_head(source, islice(text.json_rows(file), infer_rows))
 
 
-def _json_head(source: Source, rows: Iterable[Mapping[str, Any] | str]) -> dict[str, pa.DataType] | None:
+def _json_head(source: Source, rows: Iterable[Mapping[str, Any] | str]) -> _Head | None:
     guesses: dict[str, Guess] = {}
     num_rows = num_objects = 0
     for row in rows:
@@ -186,7 +195,8 @@ def _json_head(source: Source, rows: Iterable[Mapping[str, Any] | str]) -> dict[
                 guesses.setdefault(name, Guess()).see(value)
     if num_rows and not num_objects:
         raise RequestError(f"{source.name}: neither a JSON array of objects nor one JSON object a line")
-    return {name: guess.type() for name, guess in guesses.items()} if num_rows else None
+    types = {name: guess.type() for name, guess in guesses.items()}
+    return _Head(types=types, has_rows=True) if num_rows else None
 
 
 def _distinct(source: Source, fields: list[tuple[str, pa.DataType]]) -> dict[str, pa.DataType]:

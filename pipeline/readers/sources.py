@@ -38,13 +38,17 @@ BUFFER_BYTES = 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One file of a list. `url` opens it from any machine; `name` tells it apart and holds no absolute path."""
+    """One file of a list. `url` opens it from any machine; `name` tells it apart and holds no absolute path.
+
+    stamp: stays while the file is not written to (a time or the store's tag); another one may mean the same content.
+    """
 
     url: str
     name: str
     format: str
     compression: str
     size_bytes: int
+    stamp: str
 
 
 def list_sources(patterns: Sequence[str], format: str = "auto") -> tuple[Source, ...]:
@@ -101,7 +105,9 @@ def _expand(pattern: str, format: str) -> list[Source]:
     try:
         files, root, chosen = _search(fs, str(path), format)
         sources = [_describe(fs, file, root, format, chosen) for file in files]
-    except (OSError, ValueError) as error:
+    except RequestError:
+        raise
+    except Exception as error:  # each file system has errors of its own
         raise RequestError(f"input={pattern}: cannot be listed: {_one_line(error)}") from None
     if not sources:
         raise RequestError(f"input={pattern}: {_nothing(fs, str(path), chosen)}")
@@ -114,12 +120,15 @@ def _search(fs: Any, path: str, format: str) -> tuple[list[str], str, bool]:
     if not is_web and any(mark in path for mark in "*?[") and not fs.exists(path):
         fixed = path[: min(path.index(mark) for mark in "*?[" if mark in path)]
         matches = [file for file in sorted(fs.glob(path)) if not _is_hidden(posixpath.basename(file))]
-        return matches, posixpath.dirname(fixed), True
+        files = [file for match in matches for file in (_visible(fs, match) if fs.isdir(match) else [match])]
+        return files, posixpath.dirname(fixed), True
     if not is_web and fs.isdir(path):
-        inside = sorted(fs.find(path))
-        visible = [file for file in inside if not _is_hidden(file[len(path.rstrip("/")) :])]
-        return [file for file in visible if format != "auto" or _guess(file)[0]], path, False
+        return [file for file in _visible(fs, path) if format != "auto" or _guess(file)[0]], path, False
     return ([path] if fs.exists(path) else []), posixpath.dirname(path), True
+
+
+def _visible(fs: Any, folder: str) -> list[str]:
+    return [file for file in sorted(fs.find(folder)) if not _is_hidden(file[len(folder.rstrip("/")) :])]
 
 
 def _describe(fs: Any, file: str, root: str, format: str, chosen: bool) -> Source:
@@ -135,6 +144,7 @@ def _describe(fs: Any, file: str, root: str, format: str, chosen: bool) -> Sourc
         format=guessed if format == "auto" else format,
         compression=compression,
         size_bytes=int(fs.size(file) or 0),
+        stamp=str(fs.checksum(file)),
     )
 
 

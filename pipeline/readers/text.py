@@ -50,12 +50,16 @@ def read_lines(file: BufferedReader, name: str, size: int) -> Iterator[Piece]:
     return _pieces(({name: line} if line else None for line in lines), [name], size)
 
 
-def csv_header(file: BufferedReader, delimiter: str) -> list[str]:
-    """Names of the columns; [] for an empty file. ValueError if they are not UTF-8 text or a quote stays open."""
-    header: Any = next(_csv_records(file, delimiter), [])
+def csv_header(file: BufferedReader, delimiter: str) -> tuple[list[str], bool]:
+    """Names of the columns ([] for an empty file), and whether a row follows.
+
+    Raises ValueError if the names are no UTF-8 text or a quote stays open.
+    """
+    records = _csv_records(file, delimiter)
+    header: Any = next(records, [])
     if not (isinstance(header, list) and _is_text(header)):
         raise ValueError("the line with the names of the columns is no UTF-8 text, or has a quote that stays open")
-    return list(header)
+    return header, next(records, None) is not None
 
 
 def read_csv(file: BufferedReader, delimiter: str, names: list[str], size: int) -> Iterator[Piece]:

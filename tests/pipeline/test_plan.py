@@ -1,4 +1,5 @@
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,26 @@ def test_list_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> Non
     config = parse(BuildConfig, [f"input={source}", f"output={tmp_path / 'out'}"])
     with pytest.raises(RequestError, match="not those that this run began with"):
         ReadStage.of(config).refuse_changed(Journal(Store(str(tmp_path / "out"))))
+
+
+def test_list_edited_in_place_to_the_same_size_is_refused(tmp_path: Path) -> None:
+    source = Path(write_csv(tmp_path / "a.csv", ROWS))
+    make_plan(tmp_path / "out", [str(source)])
+    config = parse(BuildConfig, [f"input={source}", f"output={tmp_path / 'out'}"])
+    journal = Journal(Store(str(tmp_path / "out")))
+    os.utime(source, (1, 1))  # another time, the same content: not another list
+    ReadStage.of(config).refuse_changed(journal)
+    source.write_text(source.read_text().replace("caption 7\n", "caption 8\n"))
+    with pytest.raises(RequestError, match=r"a\.csv: its content is not what this run began with"):
+        ReadStage.of(config).refuse_changed(journal)
+
+
+def test_long_texts_make_more_ranges_and_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_csv(tmp_path / "a.csv", ROWS)
+    rows = flat(make_plan(tmp_path / "one", [source])[0])
+    monkeypatch.setattr(plan, "RANGE_TEXT_BYTES", 10_000)
+    assert flat(make_plan(tmp_path / "many", [source])[0]) == rows
+    assert len(Journal(Store(str(tmp_path / "many"))).markers("plan-order")) > 3
 
 
 def test_list_without_rows_is_refused(tmp_path: Path) -> None:

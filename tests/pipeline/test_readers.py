@@ -123,6 +123,13 @@ def test_folders_and_globs_are_sorted_and_each_file_is_taken_once(tmp_path: Path
     assert not any(str(tmp_path) in name for name in names)
 
 
+def test_glob_that_matches_folders_takes_the_files_in_them(tmp_path: Path) -> None:
+    for name in ("a.parquet/part-0.parquet", "a.parquet/_SUCCESS", "b.parquet/part-0.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"url": ["http://a"], "caption": ["x"]}), tmp_path / name)
+    assert len(read(str(tmp_path / "*.parquet"))) == 2
+
+
 def test_file_name_with_a_bracket_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "list[1].txt").write_text("http://a/1\n")
     assert len(read(str(tmp_path / "list[1].txt"))) == 1
@@ -300,6 +307,7 @@ def test_unusable_lists_are_refused_before_work(tmp_path: Path) -> None:
     assert "neither a JSON array" in refusal(write(tmp_path, "bad.jsonl", "hello\n"))
     assert "appears twice" in refusal(write(tmp_path, "twice.csv", "url,caption,url\n1,2,3\n"))
     assert "no rows in empty.txt" in refusal(write(tmp_path, "empty.txt", ""))
+    assert "no rows in header.csv" in refusal(write(tmp_path, "header.csv", "url,caption\n"))
     assert "cannot open this location" in refusal("nosuch://place/a.csv")
     pq.write_table(pa.table({"url": ["u"], "caption": ["c"], "n": [1]}), tmp_path / "int.parquet")
     clash = refusal(good, str(tmp_path / "int.parquet"))
