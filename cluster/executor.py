@@ -64,7 +64,11 @@ class RayExecutor:
     """Ray tasks, never more in flight than the cluster can run at once plus a few to hide scheduling.
 
     A task whose worker or node dies is run again elsewhere; an error raised by the function is not retried.
+    is_local: this machine is the whole cluster and no node will ever join it.
     """
+
+    def __init__(self, *, is_local: bool = False) -> None:
+        self._is_local = is_local
 
     def map_unordered(
         self, function: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, memory_bytes: int
@@ -72,6 +76,8 @@ class RayExecutor:
         remote = ray.remote(function).options(
             num_cpus=num_cpus, memory=memory_bytes or None, max_retries=MAX_RETRIES_AFTER_CRASH
         )
+        if items:
+            self._check_fit(num_cpus, memory_bytes)
         waiting = list(reversed(items))
         in_flight: list[ray.ObjectRef] = []
         try:
@@ -84,6 +90,21 @@ class RayExecutor:
         finally:
             for reference in in_flight:
                 ray.cancel(reference, force=True)
+
+    def _check_fit(self, num_cpus: float, memory_bytes: int) -> None:
+        """Ray lets a task that fits on no node wait for ever. A cluster may grow, so there we only say so."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(node.get("CPU", 0) >= num_cpus and node.get("memory", 0) >= memory_bytes for node in nodes):
+            return
+        has = "; ".join(f"{node.get('CPU', 0):g} cores, {node.get('memory', 0) / 2**20:,.0f} MiB" for node in nodes)
+        said = (
+            f"a task needs {num_cpus:g} cores and {memory_bytes / 2**20:,.0f} MiB of memory, which no node has "
+            f"({has or 'there is none'}); ask for less in the settings of the stage (*.num_cpus, *.memory_mib, "
+            "plan.rows_per_range), or use larger nodes"
+        )
+        if self._is_local:
+            raise RunError(said)
+        logger.warning("%s; waiting for one", said)
 
 
 def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Progress) -> dict[str, Marker]:

@@ -43,7 +43,7 @@ def ray_session(config: RayConfig) -> Iterator[Executor]:
     import ray
 
     try:
-        yield RayExecutor()
+        yield RayExecutor(is_local=_address(config) == "local")
     finally:
         ray.shutdown()
 
@@ -53,7 +53,7 @@ def start_ray(config: RayConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(config)
     _refuse_silent(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quiet: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -86,6 +86,10 @@ def _refuse_silent(address: str) -> None:
                 f"ray.address={address}: no Ray cluster answers there ({error.strerror or error}); "
                 "start one with `ray start --head`, or leave ray.address empty for a local one"
             ) from None
+
+
+def _address(config: RayConfig) -> str:
+    return config.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:

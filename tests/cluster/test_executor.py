@@ -144,7 +144,7 @@ def test_a_request_error_inside_a_unit_keeps_its_class(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def ray_executor() -> RayExecutor:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield RayExecutor()
+    yield RayExecutor(is_local=True)
     ray.shutdown()
 
 
@@ -166,6 +166,12 @@ def test_on_ray_a_unit_that_always_kills_its_worker_ends_the_run_with_a_message(
 
     with pytest.raises(RunError, match="a Ray task failed and will not be tried again"):
         run(Deadly(tmp_path / "log", crashing=("00001",)), Journal(Store(str(tmp_path / "run"))), ray_executor)
+
+
+def test_on_ray_a_task_that_fits_on_no_node_is_refused_instead_of_waiting(ray_executor: RayExecutor) -> None:
+    for num_cpus, memory_bytes in ((64, 0), (1, 2**50)):
+        with pytest.raises(RunError, match=r"which no node has \(2 cores, .* MiB\)"):
+            list(ray_executor.map_unordered(lambda n: n, [1], num_cpus=num_cpus, memory_bytes=memory_bytes))
 
 
 def test_on_ray_a_failing_unit_is_named(tmp_path: Path, ray_executor: RayExecutor) -> None:
