@@ -88,6 +88,7 @@ def kill_rank_in_mid_training(run: Path, process: subprocess.Popen[str]) -> None
     assert len(read_lines(Store(str(run)))) < NUM_STEPS, "the run was over before it could be killed"
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_run_on_ray_ends_with_the_same_losses(
     start: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path, undisturbed: list[float]
 ) -> None:
@@ -112,6 +113,7 @@ def test_stopped_and_killed_run_on_ray_ends_with_the_same_losses(
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in err
 
 
+@pytest.mark.slow
 def test_killed_rank_of_torchrun_fails_and_the_same_command_goes_on(
     start: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path, undisturbed: list[float]
 ) -> None:
