@@ -4,10 +4,14 @@ import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import EXIT_DONE, RequestError
 from cluster.run import require_run
 from cluster.store import Store
+
+if TYPE_CHECKING:
+    from cluster.report import Section
 
 REPORT_OWNERS = {"build": "pipeline", "train": "training", "eval": "training"}
 SECTIONS_FILE = "report/sections.json"
@@ -42,13 +46,38 @@ def report_command(words: Sequence[str]) -> int:
 
 
 def write_joined(folders: Sequence[str], page: Path, title: str) -> None:
-    """One self-contained HTML page from the sections that each run's report left beside its own page."""
-    from cluster.report import Section, render_page
+    """One self-contained HTML page: runs evaluated alike side by side, then the sections of each run's report."""
+    from cluster.report import Section, read_sections, render_page
 
-    sections = []
+    sections = compare_evaluations(folders)
     for folder in folders:
-        for part in json.loads(Store(folder).read_bytes(SECTIONS_FILE)):
-            name = part["title"] if len(folders) == 1 else f"{Path(folder).name}: {part['title']}"
-            sections.append(Section(title=name, html=part["html"]))
+        parts = read_sections(Store(folder).read_bytes(SECTIONS_FILE))
+        prefix = "" if len(folders) == 1 else f"{Path(folder).name}: "
+        sections += [Section(title=prefix + part.title, html=part.html) for part in parts]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render_page(title, sections), encoding="utf-8")
+
+
+def compare_evaluations(folders: Sequence[str]) -> list["Section"]:
+    """A table for each evaluation that two or more of the runs have (same name): a column a run, and chance."""
+    from cluster.report import Section, table_html
+
+    records: dict[str, dict[str, dict[str, Any]]] = {}
+    for folder in folders:
+        store = Store(folder)
+        for entry in store.find("eval"):
+            if entry.path.endswith("/eval.json"):
+                name = entry.path.split("/")[1]
+                records.setdefault(name, {})[Path(folder).name] = json.loads(store.read_bytes(entry.path))
+    sections = []
+    for name, runs in records.items():
+        if len(runs) > 1:
+            first = next(iter(runs.values()))
+            rows = [
+                [measure, *(run["scores"].get(measure, "") for run in runs.values()), first["chance"].get(measure, "")]
+                for measure in first["scores"]
+                if measure != "zeroshot.chance"
+            ]
+            table = table_html(["measure", *runs, "chance"], rows, caption=f"evaluation {name}")
+            sections.append(Section(title=f"Compared: {name}", html=table))
+    return sections
