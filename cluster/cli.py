@@ -78,7 +78,7 @@ def overview() -> str:
         "first steps:\n"
         "  pairmill build input=urls.parquet output=out/data\n"
         "  pairmill train data.dataset=out/data output=out/clip method=clip\n"
-        "  pairmill eval checkpoint=out/clip data.dataset=out/data"
+        "  pairmill eval checkpoint=out/clip dataset=out/data"
     )
 
 

@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import EXIT_DONE, EXIT_FAILED
+from cluster.errors import EXIT_DONE, EXIT_FAILED, RequestError
 
 LOW_DISK_BYTES = 10 * 1024**3
 LOW_OPEN_FILES = 4096
@@ -19,9 +19,11 @@ Check = tuple[str, bool, str]
 
 def doctor_command(words: Sequence[str]) -> int:
     """Print a table of checks; exit status 1 when one of them would stop a run."""
-    if words:
+    if words in (["--help"], ["-h"]):
         print("usage: pairmill doctor")
         return EXIT_DONE
+    if words:
+        raise RequestError(f"{words[0]}: not understood; pairmill doctor takes no settings")
     table = Table("check", "", "found")
     good = True
     for name, passed, found in [*_packages(), *_machine()]:

@@ -20,6 +20,7 @@ from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RequestErro
 
 SUBMITTABLE = ("build", "train", "eval")
 POLL_INTERVAL_S = 1.0
+AGENT_PATIENCE_S = 30.0
 HELP = """usage: pairmill submit build|train|eval [CONFIG.yaml] [dotted.key=value ...] --address URL [options]
 
   --address URL   the cluster's dashboard, such as http://127.0.0.1:8265; default $RAY_API_SERVER_ADDRESS or
@@ -49,7 +50,7 @@ def submit_command(words: Sequence[str]) -> int:
     if not address:
         raise RequestError("no cluster named; give --address http://HOST:8265 (the Ray dashboard)")
     client = connect(address)
-    submitted = client.submit_job(entrypoint=entrypoint(rest), submission_id=job_id)
+    submitted = _hand_in(client, address, entrypoint(rest), job_id)
     print(f"job {submitted} on {address}; stop it with: ray job stop --address {address} {submitted}", file=sys.stderr)
     return EXIT_DONE if detach else follow(client, submitted)
 
@@ -108,8 +109,24 @@ def as_settings(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     return words
 
 
+def _hand_in(client: Any, address: str, line: str, job_id: str | None) -> str:
+    """Submit the job and return its id. A cluster that has just started has no agent for jobs yet: wait for it."""
+    deadline = time.monotonic() + AGENT_PATIENCE_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=line, submission_id=job_id))
+        except (RuntimeError, ValueError, OSError) as error:
+            if "try again later" not in str(error) or time.monotonic() > deadline:
+                said = _last_line(error)
+                raise RequestError(f"--address {address}: the cluster did not take the job: {said}") from None
+        time.sleep(POLL_INTERVAL_S)
+
+
 def follow(client: Any, job_id: str) -> int:
-    """Print a job's log as it grows and return its exit status once it has ended."""
+    """Print a job's log as it grows and return its exit status once it has ended.
+
+    Raises RunError when the job failed before the command started, or the cluster can no longer be asked.
+    """
     try:
         asyncio.run(_print_log(client, job_id))
         while not (status := client.get_job_status(job_id)).is_terminal():
@@ -117,6 +134,11 @@ def follow(client: Any, job_id: str) -> int:
     except KeyboardInterrupt:
         print(f"\nno longer following; job {job_id} goes on (ray job logs --follow {job_id})", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:  # of whatever library Ray's client uses for the network
+        raise RunError(
+            f"lost sight of job {job_id}: {_last_line(error)}; it may go on: ray job status {job_id}, "
+            f"ray job logs --follow {job_id}"
+        ) from None
     info = client.get_job_info(job_id)
     print(f"job {job_id}: {status.value.lower()}", file=sys.stderr)
     if status.value == "SUCCEEDED":
@@ -131,6 +153,10 @@ def follow(client: Any, job_id: str) -> int:
 async def _print_log(client: Any, job_id: str) -> None:
     async for text in client.tail_job_logs(job_id):
         print(text, end="", flush=True)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _use_token_if_there_is_one() -> None:

@@ -71,7 +71,9 @@ def read_run(store: Store) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RequestError(f"{store.url}: cannot be read as the folder of a run ({error.strerror or error})") from None
+        raise RequestError(
+            f"{store.url}: cannot be read as the folder of a run ({error.strerror or error}); choose another folder"
+        ) from None
     except ValueError as error:
         raise RequestError(
             f"{store.url_of(RUN_FILE)}: not readable as JSON ({error}); choose another output or remove this folder"

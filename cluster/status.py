@@ -74,7 +74,8 @@ def _stages(store: Store) -> list[tuple[str, int]]:
 
 def _print_training(store: Store, console: Console) -> None:
     logs = [entry.path for entry in store.find("metrics") if entry.path.endswith("rank0.jsonl")]
-    lines = store.read_bytes(logs[0]).decode().splitlines() if logs else []
+    text = store.read_bytes(logs[0]).decode() if logs else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()  # what follows the last line break is still being written
     if not lines:
         console.print("no step has been logged yet")
         return

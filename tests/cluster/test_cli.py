@@ -1,13 +1,15 @@
 """What a person meets first: help, unknown commands, status and joined reports."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.cli import OWNERS, main
+from cluster.cli import OWNERS, main, overview, run_reporting_errors
 from cluster.config import Config, key
 from cluster.executor import InlineExecutor, Unit, run_stage
 from cluster.journal import UnitOutput
@@ -88,9 +90,27 @@ def test_status_of_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pyt
 def test_status_of_a_training_run_shows_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = open_run(str(tmp_path / "out"), "train", Nothing())
     lines = [json.dumps({"step": step, "loss": 4.0 / step}) for step in (1, 2)]
-    run.store.write_bytes("metrics/rank0.jsonl", "\n".join(lines).encode())
+    run.store.write_bytes("metrics/rank0.jsonl", ("\n".join(lines) + '\n{"step": 3, "lo').encode())
     assert main(["status", str(tmp_path / "out")]) == 0
     assert "2" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    def fill() -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/out/run.json")
+
+    assert run_reporting_errors("pairmill build", fill) == 1
+    said = "pairmill build: /data/out/run.json: No space left on device; what is finished is kept\n"
+    assert capsys.readouterr().err == said
+
+
+def test_first_steps_of_the_help_are_commands_that_parse() -> None:
+    for line in overview().splitlines():
+        if line.startswith("  pairmill "):
+            _, command, *settings = line.split()
+            words = [sys.executable, "-P", "-m", "cluster.cli", command]
+            known = subprocess.run([*words, "--help"], capture_output=True, text=True, check=True).stdout
+            assert all(f"  {setting.partition('=')[0]}=" in known for setting in settings), line
 
 
 def test_several_reports_need_a_place_for_the_joined_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +119,7 @@ def test_several_reports_need_a_place_for_the_joined_page(tmp_path: Path, capsys
 
 
 def test_doctor_exit_status_tells_whether_there_is_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "now"]) == 2
     status = main(["doctor"])
     printed = capsys.readouterr().out
     assert status == ("PROBLEM" in printed)

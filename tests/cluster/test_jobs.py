@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from cluster.jobs import as_settings, entrypoint
+from cluster.errors import RequestError, RunError
+from cluster.jobs import as_settings, entrypoint, follow, submit_command
 
 TOKEN = "5f1c6f6c9d1a4a0b8e2d7c3b4a596877"
 START_TIMEOUT_S = 90
@@ -121,3 +122,40 @@ def test_yaml_files_travel_as_settings(tmp_path: Path) -> None:
     assert "'fetch.user_agent=\"x: y\"'" in line
     assert line.endswith("seed=1")
     assert str(file) not in line
+
+
+class GoneCluster:
+    """Takes no job, or a job and is gone."""
+
+    def submit_job(self, **settings: object) -> str:
+        raise RuntimeError("Request failed with status code 400:\nsubmission id night already exists")
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "one line\n"
+        raise ConnectionError("the dashboard hung up")
+
+
+def test_a_job_that_is_not_taken_is_a_refused_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.jobs.connect", lambda address: GoneCluster())
+    with pytest.raises(RequestError, match=r"did not take the job: submission id night already exists"):
+        submit_command(["build", "input=a", "--address", "http://127.0.0.1:8265", "--job-id", "night"])
+
+
+def test_a_cluster_that_goes_away_is_told_with_how_to_look_again() -> None:
+    with pytest.raises(RunError, match=r"lost sight of job night: the dashboard hung up.*ray job status night"):
+        follow(GoneCluster(), "night")
+
+
+def test_a_cluster_that_has_just_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Starting:
+        num_asked = 0
+
+        def submit_job(self, **settings: object) -> str:
+            self.num_asked += 1
+            if self.num_asked < 3:
+                raise RuntimeError("Request failed with status code 500: No available agent, please try again later.")
+            return "night"
+
+    monkeypatch.setattr("cluster.jobs.connect", lambda address: Starting())
+    monkeypatch.setattr("cluster.jobs.POLL_INTERVAL_S", 0.0)
+    assert submit_command(["build", "input=a", "--address", "http://127.0.0.1:8265", "--detach"]) == 0

@@ -64,7 +64,7 @@ def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path, place: str) 
 
 def test_a_file_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("url,caption\n")
-    with pytest.raises(RequestError, match=r"cannot be read as the folder of a run \(Not a directory\)"):
+    with pytest.raises(RequestError, match=r"cannot be read as the folder of a run \(Not a directory\); choose"):
         require_run(str(tmp_path / "list.csv"))
 
 
