@@ -41,7 +41,7 @@ def main() -> int:
     pairmill("verify", out / "data")
     for number, method in enumerate(METHODS, start=2):
         say(f"{number}. Train {method.upper()} on every drawing style but {HELD_OUT}, then evaluate it on that one")
-        steps = [f"train.num_steps={options.steps}"] if options.steps else []
+        steps = [f"train.num_steps={options.steps}", "optim.warmup_steps=1"] if options.steps else []
         data = [f"data.dataset={out / 'data'}", f"data.select=style!={HELD_OUT}"]
         pairmill("train", recipe(method), *data, *steps, f"output={out / method}")
         pairmill("eval", HERE / "demo_eval.yaml", f"checkpoint={out / method}")
