@@ -71,6 +71,8 @@ def start_ray(config: RayConfig) -> None:
             f"ray.address={address}: no Ray cluster answers there ({first_line}); "
             "start one with `ray start --head`, or leave ray.address empty for a local one"
         ) from None
+    except SystemExit as stop:  # of the handler that Ray has for SIGTERM while it starts
+        raise KeyboardInterrupt from stop
     finally:
         _set_handlers(handlers)
 

@@ -93,7 +93,7 @@ def read_manifest(dataset: str) -> tuple[Store, Manifest]:
     try:
         store = Store(dataset)
         data = store.read_bytes(MANIFEST_FILE)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RequestError(
             f"{dataset}: no finished dataset here (no {MANIFEST_FILE}); build one with "
             f"`pairmill build input=LIST output={dataset}`, or run that again if it was interrupted"

@@ -116,15 +116,20 @@ def _expand(pattern: str, format: str) -> list[Source]:
 
 def _search(fs: Any, path: str, format: str) -> tuple[list[str], str, bool]:
     """(files, the folder that their names are relative to, whether they were chosen by the user one by one)."""
-    is_web = "http" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-    if not is_web and any(mark in path for mark in "*?[") and not fs.exists(path):
+    if _is_web(fs):
+        return ([path] if fs.exists(path) else []), posixpath.dirname(path), True
+    if any(mark in path for mark in "*?[") and not fs.exists(path):
         fixed = path[: min(path.index(mark) for mark in "*?[" if mark in path)]
         matches = [file for file in sorted(fs.glob(path)) if not _is_hidden(posixpath.basename(file))]
         files = [file for match in matches for file in (_visible(fs, match) if fs.isdir(match) else [match])]
         return files, posixpath.dirname(fixed), True
-    if not is_web and fs.isdir(path):
+    if fs.isdir(path):
         return [file for file in _visible(fs, path) if format != "auto" or _guess(file)[0]], path, False
     return ([path] if fs.exists(path) else []), posixpath.dirname(path), True
+
+
+def _is_web(fs: Any) -> bool:
+    return "http" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 def _visible(fs: Any, folder: str) -> list[str]:
@@ -162,6 +167,8 @@ def _is_hidden(relative: str) -> bool:
 
 
 def _nothing(fs: Any, path: str, chosen: bool) -> str:
+    if _is_web(fs):
+        return "no such file there, or the server does not answer"
     if not chosen:
         return f"no list in this folder (looked for {', '.join(FORMATS)})"
     with contextlib.suppress(OSError, NotImplementedError):

@@ -67,7 +67,7 @@ def test_true_false_and_null_keep_their_meaning() -> None:
         names: StringList | None = key(["a"], "names")
 
     assert parse(Switches, ["on=true", "names=null"]) == Switches(on=True, names=None)
-    assert parse(Switches, ["on=false", "names=truely"]) == Switches(on=False, names=["truely"])
+    assert parse(Switches, ["on=false", "names=truest"]) == Switches(on=False, names=["truest"])
 
 
 def test_a_value_that_a_group_would_hide_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.session import RayConfig, start_ray
+
 COMMAND = """
 import sys, time
 from pathlib import Path
@@ -52,3 +54,14 @@ def test_interrupted_command_on_local_ray_exits_130_and_leaves_nothing(tmp_path:
     assert error.decode().splitlines() == ["test: interrupted; run the same command to go on"]
     assert len(family) > 3
     assert psutil.wait_procs(family, timeout=5)[1] == []
+
+
+def test_a_stop_while_ray_starts_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until `ray.init` returns, Ray's own handler turns SIGTERM into SystemExit."""
+
+    def stopped(*words: object, **settings: object) -> None:
+        raise SystemExit(signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        start_ray(RayConfig())

@@ -13,6 +13,7 @@ import zstandard
 
 from cluster.errors import RequestError, RunError
 from pipeline.config import ColumnsConfig, ReadConfig
+from pipeline.manifest import read_manifest
 from pipeline.readers import list_schema, list_sources, local_copy, read_rows
 
 ROWS = [
@@ -308,6 +309,7 @@ def test_unusable_lists_are_refused_before_work(tmp_path: Path) -> None:
     assert "appears twice" in refusal(write(tmp_path, "twice.csv", "url,caption,url\n1,2,3\n"))
     assert "no rows in empty.txt" in refusal(write(tmp_path, "empty.txt", ""))
     assert "no rows in header.csv" in refusal(write(tmp_path, "header.csv", "url,caption\n"))
+    assert "the server does not answer" in refusal("http://127.0.0.1:9/list.csv")
     assert "cannot open this location" in refusal("nosuch://place/a.csv")
     pq.write_table(pa.table({"url": ["u"], "caption": ["c"], "n": [1]}), tmp_path / "int.parquet")
     clash = refusal(good, str(tmp_path / "int.parquet"))
@@ -342,3 +344,8 @@ def test_header_that_is_no_utf8_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("url,caption\nhttp://a,x\n".encode("utf-16"))
     assert "names of the columns is no UTF-8 text" in refusal(str(tmp_path / "a.csv"))
     assert "has a quote that stays open" in refusal(write(tmp_path, "b.csv", 'url,"caption\nhttp://a,x\n'))
+
+
+def test_dataset_in_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no finished dataset here"):
+        read_manifest(write(tmp_path, "list.csv", "url,caption\n"))
