@@ -49,7 +49,7 @@ def ray_session(config: RayConfig) -> Iterator[Executor]:
 
 
 def start_ray(config: RayConfig) -> None:
-    """Connect to the cluster that the config names, or start a local Ray."""
+    """Connect to the cluster that the config names, or start a local Ray that the network cannot reach."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -62,7 +62,8 @@ def start_ray(config: RayConfig) -> None:
         # `training` would hide ours. Paths of a run are absolute by now.
         with contextlib.chdir("/"):
             if address == "local":
-                ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, **quiet)
+                with _loopback_only():
+                    ray.init("local", num_cpus=config.num_cpus, include_dashboard=False, **quiet)
             else:
                 ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -75,6 +76,28 @@ def start_ray(config: RayConfig) -> None:
         raise KeyboardInterrupt from stop
     finally:
         _set_handlers(handlers)
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let the Ray that is started inside listen on 127.0.0.1 alone, as it does on macOS and Windows.
+
+    Elsewhere Ray takes the machine's outer address, even where it is told 127.0.0.1, and every one of its processes
+    listens to the network. The switch is a constant read at import, and for its processes an environment variable.
+    """
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    kept, before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if kept is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = kept
 
 
 def _refuse_silent(address: str) -> None:

@@ -14,6 +14,7 @@ from cluster.errors import RequestError, RunError
 from cluster.executor import Executor, InlineExecutor, RayExecutor, Unit, run_stage
 from cluster.journal import Journal, UnitOutput
 from cluster.progress import Progress
+from cluster.session import RayConfig, ray_session
 from cluster.store import Store
 
 # Workers cannot import a test file by name: send its classes by value.
@@ -142,13 +143,12 @@ def test_a_request_error_inside_a_unit_keeps_its_class(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ray_executor() -> RayExecutor:
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield RayExecutor(is_local=True)
-    ray.shutdown()
+def ray_executor() -> Iterator[Executor]:
+    with ray_session(RayConfig(num_cpus=2)) as executor:
+        yield executor
 
 
-def test_on_ray_a_killed_worker_is_replaced_and_the_unit_done_once(tmp_path: Path, ray_executor: RayExecutor) -> None:
+def test_on_ray_a_killed_worker_is_replaced_and_the_unit_done_once(tmp_path: Path, ray_executor: Executor) -> None:
     journal = Journal(Store(str(tmp_path / "run")))
     stage = Squares(tmp_path / "log", crashing=("00001",))
     assert run(stage, journal, ray_executor) == ["0", "1", "4"]
@@ -158,7 +158,7 @@ def test_on_ray_a_killed_worker_is_replaced_and_the_unit_done_once(tmp_path: Pat
 
 
 def test_on_ray_a_unit_that_always_kills_its_worker_ends_the_run_with_a_message(
-    tmp_path: Path, ray_executor: RayExecutor
+    tmp_path: Path, ray_executor: Executor
 ) -> None:
     class Deadly(Squares):
         def ran(self, unit_id: str) -> int:
@@ -168,12 +168,12 @@ def test_on_ray_a_unit_that_always_kills_its_worker_ends_the_run_with_a_message(
         run(Deadly(tmp_path / "log", crashing=("00001",)), Journal(Store(str(tmp_path / "run"))), ray_executor)
 
 
-def test_on_ray_a_task_that_fits_on_no_node_is_refused_instead_of_waiting(ray_executor: RayExecutor) -> None:
+def test_on_ray_a_task_that_fits_on_no_node_is_refused_instead_of_waiting(ray_executor: Executor) -> None:
     for num_cpus, memory_bytes in ((64, 0), (1, 2**50)):
         with pytest.raises(RunError, match=r"which no node has \(2 cores, .* MiB\)"):
             list(ray_executor.map_unordered(lambda n: n, [1], num_cpus=num_cpus, memory_bytes=memory_bytes))
 
 
-def test_on_ray_a_failing_unit_is_named(tmp_path: Path, ray_executor: RayExecutor) -> None:
+def test_on_ray_a_failing_unit_is_named(tmp_path: Path, ray_executor: Executor) -> None:
     with pytest.raises(RunError, match="unit 00002: ValueError: no square today"):
         run(Squares(tmp_path / "log", failing=("00002",)), Journal(Store(str(tmp_path / "run"))), ray_executor)

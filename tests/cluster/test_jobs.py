@@ -41,7 +41,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with open(tmp_path_factory.mktemp("log") / "ray.log", "wb") as log:
         head = subprocess.Popen(
             command,
-            env=environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN),
+            # The third keeps Ray's own processes on loopback (see cluster.session).
+            env=environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"),
             stdout=log,
             stderr=log,
             start_new_session=True,

@@ -65,3 +65,22 @@ def test_a_stop_while_ray_starts_is_an_interrupt(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("ray.init", stopped)
     with pytest.raises(KeyboardInterrupt):
         start_ray(RayConfig())
+
+
+LISTENERS = """
+import psutil
+from cluster.session import RayConfig, ray_session
+with ray_session(RayConfig(num_cpus=1)) as executor:
+    list(executor.map_unordered(lambda n: n, [1], num_cpus=1, memory_bytes=0))
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                print(connection.laddr.ip)
+"""
+
+
+def test_a_local_ray_listens_on_loopback_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", LISTENERS], capture_output=True, text=True, check=True)
+    addresses = set(done.stdout.split())
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
