@@ -32,9 +32,14 @@ class Unit:
 class Stage(Protocol):
     """What to do, apart from where it runs. Stages are pickled and sent to workers: keep them small."""
 
-    name: str
-    num_cpus: float
-    memory_bytes: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_cpus(self) -> float: ...
+
+    @property
+    def memory_bytes(self) -> int: ...
 
     def units(self) -> Sequence[Unit]:
         """Every unit, in order; the same list whenever it is called on the same input."""

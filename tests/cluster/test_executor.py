@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import ray
 from rich.console import Console
 
 from cluster.errors import RequestError, RunError
-from cluster.executor import Executor, InlineExecutor, RayExecutor, Unit, run_stage
+from cluster.executor import Executor, InlineExecutor, Unit, run_stage
 from cluster.journal import Journal, UnitOutput
 from cluster.progress import Progress
 from cluster.session import RayConfig, ray_session
