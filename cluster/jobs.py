@@ -58,9 +58,11 @@ def submit_command(words: Sequence[str]) -> int:
 def connect(address: str) -> Any:
     """A Ray job client for the cluster at `address`. RequestError tells an unreachable one from a refused token."""
     _use_token_if_there_is_one()
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
+
+    # It tells of every WebSocket that it closes.
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
     try:
         return JobSubmissionClient(address)

@@ -1,15 +1,20 @@
 """`pairmill submit` against a real Ray cluster with token authentication: same command, its log, its exit status."""
 
 import contextlib
+import functools
+import http.server
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import cv2
+import numpy as np
 import psutil
 import pytest
 
@@ -62,6 +67,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         psutil.wait_procs(processes, timeout=10)
 
 
+@contextlib.contextmanager
+def picture_server(folder: Path) -> Iterator[int]:
+    """Twelve small pictures, served from a thread."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    noise = np.random.default_rng(0)
+    for number in range(12):
+        cv2.imwrite(str(pictures / f"{number}.png"), noise.integers(0, 256, (48, 48, 3), np.uint8))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(pictures))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def answers(url: str) -> bool:
     """The job API is up: Ray's dashboard answers before its job agent does, so ask for the list of jobs."""
     request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
@@ -91,6 +115,26 @@ def test_a_wrong_request_comes_back_as_exit_2_with_its_message(cluster: str, tmp
     done = submit("build", "inputt=a.parquet", url=cluster, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "did you mean input?" in done.stdout
+
+
+def test_a_submitted_build_and_training_end_with_0_and_their_results(cluster: str, tmp_path: Path) -> None:
+    with picture_server(tmp_path) as port:
+        lines = [f"http://127.0.0.1:{port}/{n}.png,a picture of number {n}" for n in range(12)]
+        (tmp_path / "urls.csv").write_text("\n".join(["url,caption", *lines]))
+        (tmp_path / "build.yaml").write_text("fetch: {allow_private_addresses: true}\nimage: {size: 32}\n")
+        built = submit("build", "build.yaml", "input=urls.csv", "output=data", url=cluster, cwd=tmp_path)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "12 samples in 1 shard" in built.stdout
+    assert "WebSocket" not in built.stderr, "what the client library says is not for people"
+    (tmp_path / "train.yaml").write_text(
+        "model: {vision: {size: nano, image_size: 32, patch_size: 16}, embed_dim: 16,\n"
+        "  text: {width: 16, depth: 1, heads: 2, context_length: 16, vocabulary: compact}}\n"
+        "train: {batch_size: 4, num_steps: 2, num_ranks: 2}\noptim: {warmup_steps: 1}\n"
+    )
+    trained = submit("train", "train.yaml", "data.dataset=data", "output=model", url=cluster, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert len((tmp_path / "model" / "metrics" / "rank1.jsonl").read_text().splitlines()) >= 1
+    assert list((tmp_path / "model" / "checkpoints").glob("step-*.json"))
 
 
 def test_a_missing_token_is_explained(cluster: str) -> None:
