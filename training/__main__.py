@@ -5,8 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from cluster.cli import run_reporting_errors
 from cluster.config import help_text, parse
-from cluster.errors import EXIT_DONE, EXIT_INTERRUPTED, PairmillError, RequestError
+from cluster.errors import EXIT_DONE, RequestError
 from cluster.session import interrupt_on_sigterm
 
 USAGE = """usage: pairmill {train,eval} [CONFIG.yaml ...] [key=value ...]
@@ -19,6 +20,9 @@ USAGE = """usage: pairmill {train,eval} [CONFIG.yaml ...] [key=value ...]
 `pairmill COMMAND --help` lists every key of a command."""
 
 
+TELL_S = 3.0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 refused, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -28,14 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE if words else RequestError.exit_status
     command, rest = words[0], words[1:]
     interrupt_on_sigterm()
+    return run_reporting_errors(f"pairmill {command}", lambda: _run(command, rest))
+
+
+def _run(command: str, words: Sequence[str]) -> int:
     try:
-        return _command(command)(rest)
-    except PairmillError as error:
-        print(f"pairmill {command}: {error}", file=sys.stderr)
+        return _command(command)(words)
+    except RequestError as error:
+        if _is_first_rank():
+            raise
+        time.sleep(TELL_S)  # all ranks were refused alike, rank 0 says why, and torchrun ends it when we end
         return error.exit_status
-    except KeyboardInterrupt:
-        print(f"pairmill {command}: interrupted; run the same command to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
 
 
 def train_command(words: Sequence[str]) -> int:

@@ -73,11 +73,20 @@ def published(store: Store) -> Iterator[CheckpointInfo]:
 
 def newest_valid(store: Store) -> CheckpointInfo | None:
     """The newest checkpoint whose files all have the size and sha256 that its marker names."""
+    valid, damaged = search_valid(store)
+    for step, file in damaged:
+        logger.warning("checkpoint step=%d is passed over: %s is missing or damaged", step, file)
+    return valid
+
+
+def search_valid(store: Store) -> tuple[CheckpointInfo | None, list[tuple[int, str]]]:
+    """The newest valid checkpoint, and the newer ones that are not: step and first damaged file of each."""
+    damaged: list[tuple[int, str]] = []
     for info in published(store):
-        if not (damaged := first_damaged(store, info)):
-            return info
-        logger.warning("checkpoint step=%d is passed over: %s differs from its marker", info.step, damaged)
-    return None
+        if not (file := first_damaged(store, info)):
+            return info, damaged
+        damaged.append((info.step, file))
+    return None, damaged
 
 
 def first_damaged(store: Store, info: CheckpointInfo) -> str | None:
@@ -112,6 +121,8 @@ class Checkpoints:
 
     def __init__(self, store: Store, *, rank: int, num_ranks: int, keep: int) -> None:
         self._store, self._rank, self._num_ranks, self._keep = store, rank, num_ranks, keep
+        self.damaged: list[tuple[int, str]] = []
+        """Checkpoints that `load_newest` passed over on this rank (rank 0 alone looks): step and damaged file."""
 
     def save(self, engine: Engine, *, samples_seen: int, files: dict[str, bytes]) -> None:
         """Publish the state after `engine.steps` steps; files: small ones to store beside it, by name."""
@@ -140,11 +151,13 @@ class Checkpoints:
                 files=tuple(sorted((file for files in everywhere for file in files), key=lambda file: file.path)),
             )
             self._store.write_bytes(f"{FOLDER}/{tag}.json", info.to_json())
-            self._prune()
+            self._prune(engine.steps)
 
     def load_newest(self, engine: Engine) -> int:
         """Take over the newest valid checkpoint, if there is one; returns the number of steps it has behind it."""
-        found: list[CheckpointInfo | None] = [newest_valid(self._store) if self._rank == 0 else None]
+        found: list[CheckpointInfo | None] = [None]
+        if self._rank == 0:
+            found[0], self.damaged = search_valid(self._store)
         dist.broadcast_object_list(found, src=0)
         info = found[0]
         if info is None:
@@ -164,11 +177,18 @@ class Checkpoints:
             files.append(FileInfo(path=path, size_bytes=size_bytes, sha256=sha256))
         return files
 
-    def _prune(self) -> None:
-        """Remove all but the newest `keep`: the marker first, so that half a checkpoint is never believed."""
-        for info in list(published(self._store))[self._keep :]:
-            self._store.remove(f"{info.folder}.json")
-            self._store.remove(info.folder)
+    def _prune(self, newest_step: int) -> None:
+        """Remove all but the newest `keep`: the marker first, so that half a checkpoint is never believed.
+
+        What is newer than `newest_step` was damaged, or this run would stand there; a folder without a marker was cut
+        short. Both go as well.
+        """
+        kept = [info.folder for info in published(self._store) if info.step <= newest_step][: self._keep]
+        names = {entry.path.removeprefix(f"{FOLDER}/").partition("/")[0] for entry in self._store.find(FOLDER)}
+        folders = {f"{FOLDER}/{name.removesuffix('.json')}" for name in names if name.startswith("step-")}
+        for folder in sorted(folders - set(kept)):
+            self._store.remove(f"{folder}.json")
+            self._store.remove(folder)
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:

@@ -1,23 +1,27 @@
 """`pairmill train`: check, register the run, start the ranks, say where the results are."""
 
+import contextlib
+import itertools
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from cluster.errors import RequestError
-from cluster.run import Run, open_run
+from cluster.errors import PairmillError, RequestError
+from cluster.run import open_run, require_run
 from cluster.store import Store
 from training import launch
-from training.checkpoint import TOKENIZER_FILE, newest_valid, published
+from training.checkpoint import TOKENIZER_FILE, published
 from training.config import TrainConfig, TrainPlan, plan_training
-from training.data.dataset import Dataset
+from training.data.dataset import Dataset, caption_text
 from training.data.tokenizer import Tokenizer
 from training.display import TrainDisplay
+from training.lease import hold
 from training.metrics import PROGRESS_FILE, STOP_FILE, read_lines
 from training.trainer import Outcome, RankRequest
 
-RESULT_FILE = "result.json"
+RESULT_FILE, DATASET_FILE = "result.json", "dataset.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,24 @@ def run_train(config: TrainConfig) -> TrainResult:
     interrupted (the ranks have then checkpointed if there was time).
     """
     plan, dataset = plan_training(config)
+    if (store := _finished(plan, dataset)) is not None:
+        return TrainResult(outcome="done", store=store, plan=plan, already_done=True)
     if launch.started_by_torchrun():
         return _run_under_torchrun(plan, dataset)
     if plan.config.ray.address == "inline":
         return _run_inline(plan, dataset)
     return _run_on_ray(plan, dataset)
+
+
+def _finished(plan: TrainPlan, dataset: Dataset) -> Store | None:
+    """The folder of the run if it is complete. Raises RequestError when it belongs to another request."""
+    try:
+        require_run(plan.config.output)
+    except RequestError:  # there is none yet, or `open_run` will say what is wrong
+        return None
+    store = open_run(plan.config.output, "train", plan.config).store
+    _refuse_other_samples(store, dataset)
+    return store if store.exists(RESULT_FILE) else None
 
 
 def _run_on_ray(plan: TrainPlan, dataset: Dataset) -> TrainResult:
@@ -50,91 +67,112 @@ def _run_on_ray(plan: TrainPlan, dataset: Dataset) -> TrainResult:
     launch.start_for_training(plan.config.ray)
     try:
         num_ranks = launch.ranks_on_ray(plan)
-        run = open_run(plan.config.output, "train", plan.config)
-        if run.store.exists(RESULT_FILE):
-            return TrainResult(outcome="done", store=run.store, plan=plan, already_done=True)
-        request = prepare(run, plan, dataset, num_ranks)
-        with _display(plan) as display:
+        with prepared(plan, dataset, num_ranks) as request, _display(plan) as display:
             outcome = launch.run_on_ray(request, num_ranks, display)
+            return finish(request, outcome)
     finally:
         ray.shutdown()
-    return finish(run, plan, outcome)
 
 
 def _run_inline(plan: TrainPlan, dataset: Dataset) -> TrainResult:
     if (plan.config.train.num_ranks or 1) != 1:
         raise RequestError(f"train.num_ranks={plan.config.train.num_ranks}: ray.address=inline runs one rank")
-    run = open_run(plan.config.output, "train", plan.config)
-    if run.store.exists(RESULT_FILE):
-        return TrainResult(outcome="done", store=run.store, plan=plan, already_done=True)
-    request = prepare(run, plan, dataset, num_ranks=1)
-    with _display(plan) as display:
-        outcome = launch.run_here(request, display)
-    return finish(run, plan, outcome)
+    with prepared(plan, dataset, num_ranks=1) as request, _display(plan) as display:
+        return finish(request, launch.run_here(request, display))
 
 
 def _run_under_torchrun(plan: TrainPlan, dataset: Dataset) -> TrainResult:
     launch.init_torchrun_group()
     try:
-        num_ranks = dist.get_world_size()
+        num_ranks, first = dist.get_world_size(), dist.get_rank() == 0
         if plan.config.train.num_ranks not in (None, num_ranks):
             raise RequestError(f"train.num_ranks={plan.config.train.num_ranks}: torchrun started {num_ranks} processes")
         launch.check_ranks(plan, num_ranks)
-        if dist.get_rank() > 0:
-            dist.barrier()  # rank 0 registers the run, or refuses it
-        run = open_run(plan.config.output, "train", plan.config)
-        already_done = run.store.exists(RESULT_FILE)
-        request = None if already_done else prepare(run, plan, dataset, num_ranks)
-        if dist.get_rank() == 0:
-            dist.barrier()
-        dist.barrier()  # nobody clears leftovers once somebody trains
-        if request is None:
-            return TrainResult(outcome="done", store=run.store, plan=plan, already_done=True)
-        with _display(plan, quiet=dist.get_rank() > 0) as display:
+        with contextlib.ExitStack() as stack:
+            request = _told_by_first(lambda: stack.enter_context(prepared(plan, dataset, num_ranks)))
+            display = stack.enter_context(_display(plan, quiet=not first))
             outcome = launch.run_torchrun_rank(request, display)
-        return finish(run, plan, outcome, write=dist.get_rank() == 0)
+            return finish(request, outcome, write=first)
     finally:
         dist.destroy_process_group()
 
 
-def prepare(run: Run, plan: TrainPlan, dataset: Dataset, num_ranks: int) -> RankRequest:
-    """Make the run's tokenizer if it has none yet, check that its checkpoints fit, clear what a killed run left."""
-    for info in published(run.store):
+def _told_by_first(prepare: Callable[[], RankRequest]) -> RankRequest:
+    """Collective: what rank 0 prepared, on every rank; or raise everywhere why it refused."""
+    told: list[RankRequest | PairmillError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = prepare()
+        except PairmillError as error:
+            told[0] = error
+    dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], PairmillError):
+        raise told[0]
+    assert told[0] is not None
+    return told[0]
+
+
+@contextlib.contextmanager
+def prepared(plan: TrainPlan, dataset: Dataset, num_ranks: int) -> Iterator[RankRequest]:
+    """Register the run or open it again, and hold it for this command: tokenizer there, checkpoints fit, no leftovers.
+
+    Raises RequestError when the folder holds another run, or another command works in it.
+    """
+    store = open_run(plan.config.output, "train", plan.config).store
+    with hold(store):
+        _refuse_other_samples(store, dataset)
+        _refuse_other_ranks(store, num_ranks)
+        for leftover in (STOP_FILE, launch.FAILURE_FILE, PROGRESS_FILE, "work"):
+            store.remove(leftover)
+        if not store.exists(TOKENIZER_FILE):
+            store.create(TOKENIZER_FILE, make_tokenizer(plan, dataset).to_json().encode())
+        tokenizer = store.read_bytes(TOKENIZER_FILE).decode()
+        if not store.exists(DATASET_FILE):
+            store.create(DATASET_FILE, json.dumps({"url": dataset.url, "sha256": dataset.fingerprint}).encode())
+        yield RankRequest(plan=plan, output=store.url, tokenizer=tokenizer)
+
+
+def _refuse_other_samples(store: Store, dataset: Dataset) -> None:
+    """Raise RequestError when the dataset is no longer the one that the run began with."""
+    if store.exists(DATASET_FILE):
+        began_with: str = json.loads(store.read_bytes(DATASET_FILE))["sha256"]
+        if began_with != dataset.fingerprint:
+            raise RequestError(
+                f"data.dataset={dataset.url}: changed since this run began (its manifest was {began_with[:12]}..., is "
+                f"{dataset.fingerprint[:12]}...), so the run cannot go on exactly; choose another output, or bring "
+                "back the dataset that it began with"
+            )
+
+
+def _refuse_other_ranks(store: Store, num_ranks: int) -> None:
+    for info in itertools.islice(published(store), 1):
         if info.num_ranks != num_ranks:
             raise RequestError(
                 f"train.num_ranks: the run's checkpoint of step {info.step} was written by {info.num_ranks} ranks and "
                 f"cannot be taken over by {num_ranks}; use train.num_ranks={info.num_ranks}, or another output"
             )
-        break
-    for leftover in (STOP_FILE, launch.FAILURE_FILE, PROGRESS_FILE, "work"):
-        run.store.remove(leftover)
-    if not run.store.exists(TOKENIZER_FILE):
-        run.store.create(TOKENIZER_FILE, make_tokenizer(plan, dataset).to_json().encode())
-    tokenizer = run.store.read_bytes(TOKENIZER_FILE).decode()
-    return RankRequest(plan=plan, output=run.store.url, tokenizer=tokenizer)
 
 
 def make_tokenizer(plan: TrainPlan, dataset: Dataset) -> Tokenizer:
     """The tokenizer of a run; a compact vocabulary needs one pass over the captions."""
     text = plan.config.model.text
     captions = dataset.column(plan.config.data.caption_column) if text.vocabulary == "compact" else []
-    return Tokenizer.build(
-        (str(caption or "") for caption in captions), context_length=text.context_length, vocabulary=text.vocabulary
-    )
+    return Tokenizer.build(map(caption_text, captions), context_length=text.context_length, vocabulary=text.vocabulary)
 
 
-def finish(run: Run, plan: TrainPlan, outcome: Outcome, *, write: bool = True) -> TrainResult:
+def finish(request: RankRequest, outcome: Outcome, *, write: bool = True) -> TrainResult:
     """Record that a run is complete."""
+    store, plan = Store(request.output), request.plan
     if outcome == "done" and write:
-        lines, newest = read_lines(run.store), newest_valid(run.store)
+        lines, newest = read_lines(store), next(published(store), None)
         result = {
             "num_steps": plan.num_steps,
             "epochs": plan.epochs,
             "checkpoint": newest.folder if newest else None,
             "last": lines[-1] if lines else {},
         }
-        run.store.write_bytes(RESULT_FILE, json.dumps(result, indent=1).encode())
-    return TrainResult(outcome=outcome, store=run.store, plan=plan)
+        store.write_bytes(RESULT_FILE, json.dumps(result, indent=1).encode())
+    return TrainResult(outcome=outcome, store=store, plan=plan)
 
 
 def _display(plan: TrainPlan, *, quiet: bool = False) -> TrainDisplay:

@@ -20,6 +20,7 @@ class TrainDisplay:
         self._task: TaskID | None = None
         self._last_line = -LINE_INTERVAL_S
         self._shown: tuple[Any, Any] = (None, None)
+        self._said: set[str] = set()
 
     def __enter__(self) -> "TrainDisplay":
         if self._console.is_terminal:
@@ -43,6 +44,10 @@ class TrainDisplay:
 
     def show(self, progress: dict[str, Any]) -> None:
         """Show the newest progress; the same one again is ignored."""
+        for note in progress.get("notes", []):
+            if note not in self._said:
+                self._said.add(note)
+                self._say(note)
         state = (progress["done_steps"], progress["resumed_at"])
         if state == self._shown:
             return
@@ -56,7 +61,7 @@ class TrainDisplay:
         if first or done == total or now - self._last_line >= LINE_INTERVAL_S:
             self._last_line = now
             resumed = f", resumed at step {progress['resumed_at']}" if first and progress["resumed_at"] else ""
-            self._say(f"step {done}/{total} {describe(progress)}{resumed}".rstrip())
+            self._say(f"step {done}/{total} {describe(progress)}".rstrip() + resumed)
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar if there is one."""

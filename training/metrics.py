@@ -114,7 +114,7 @@ class Beacon:
             if newest is not None:
                 self._store.write_bytes(PROGRESS_FILE, json.dumps(newest).encode())
             self.stop_requested = self.stop_requested or self._store.exists(STOP_FILE)
-        except OSError as error:  # a display is not worth a run; the next second tries again
+        except Exception as error:  # each store has its own; a display is not worth a run, the next second tries again
             logger.warning("progress not written: %s", error)
 
 
@@ -149,7 +149,9 @@ def _parsed(text: str) -> list[dict[str, Any]]:
 def _drop_steps_from(file: Path, start_step: int) -> None:
     if file.exists():
         kept = [line for line in _parsed(file.read_text(encoding="utf-8")) if line["step"] < start_step]
-        file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        aside = file.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        aside.replace(file)  # at once: killed in the middle, the curve so far would be lost
 
 
 def _curves(folder: Path, start_step: int) -> Any:

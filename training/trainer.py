@@ -22,6 +22,7 @@ from training.data.tokenizer import Tokenizer
 from training.engine import Engine
 from training.methods import Batch, Output, build_method
 from training.metrics import Beacon, Line, RunLog
+from training.notes import bad_images_note, passed_over_notes
 from training.schedule import cosine_with_warmup
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def train(
         RunLog(store, rank=rank.index, start_step=start_step) as log,
         Beacon(store, active=rank.index == 0) as beacon,
     ):
-        meter = Meter(plan, rank, loader, start_step)
+        meter = Meter(plan, rank, loader, start_step, passed_over_notes(checkpoints.damaged, start_step))
         report(meter.progress(start_step), rank, beacon, watch)
         for host_batch in loader:
             step = host_batch.step
@@ -110,9 +111,11 @@ def train(
             if last or (step + 1) % config.checkpoint.every_steps == 0:
                 save()
                 log.sync()
-            if last and step + 1 < plan.num_steps:
-                return "stopped"
-    return "done"
+            if last:
+                meter.notes += bad_images_note(store, loader.reader.bad)
+                report(meter.progress(step + 1), rank, beacon, watch)
+                return "done" if step + 1 == plan.num_steps else "stopped"
+    return "done"  # it had been killed after its last checkpoint
 
 
 def make_loader(plan: TrainPlan, rank: Rank, start_step: int) -> Loader:
@@ -193,11 +196,13 @@ def report(progress: dict[str, Any], rank: Rank, beacon: Beacon, watch: Callable
 class Meter:
     """Turns steps into the numbers that are recorded."""
 
-    def __init__(self, plan: TrainPlan, rank: Rank, loader: Loader, start_step: int) -> None:
+    def __init__(self, plan: TrainPlan, rank: Rank, loader: Loader, start_step: int, notes: list[str]) -> None:
         self._plan, self._rank, self._loader = plan, rank, loader
         self._start_step, self._started = start_step, time.perf_counter()
         self._last_step, self._last_time, self._last_waited = start_step, self._started, 0.0
         self._newest: Line = {}
+        self.notes = notes
+        """Lines for the person who started the run."""
         self.num_replaced = 0
         """Samples of this rank, since the start or resume, whose image had to be replaced."""
 
@@ -235,5 +240,6 @@ class Meter:
             "num_steps": self._plan.num_steps,
             "resumed_at": self._start_step,
             "eta_s": None if math.isnan(left_s) else left_s,
+            "notes": self.notes,
             **self._newest,
         }

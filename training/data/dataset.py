@@ -4,6 +4,7 @@ Nothing is scanned: a row's parquet says where its image lies in the tar. Parque
 is first asked for, and a bounded number of them is kept.
 """
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -40,22 +41,48 @@ class Sample:
     image_size: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    """The index columns of a shard's selected rows: compact, and quick to read a single row of."""
+
+    texts: tuple[pa.Array, ...]
+    """key, uid, image_format."""
+    places: NDArray[np.int64]
+    """[rows, 2]: image_offset, image_size."""
+    captions: pa.Array
+
+
 class Dataset:
     """The samples of a dataset that pass `select`, numbered 0 .. len - 1 in shard order. Safe to use from threads."""
 
-    def __init__(self, dataset: str, *, select: Sequence[str] = (), caption_column: str = "caption") -> None:
-        """Open a dataset folder or URL. Raises RequestError if there is none, or it lacks a column that is used."""
+    def __init__(
+        self,
+        dataset: str,
+        *,
+        select: Sequence[str] = (),
+        caption_column: str = "caption",
+        select_key: str = "data.select",
+    ) -> None:
+        """Open a dataset folder or URL; select_key: what messages call `select`.
+
+        Raises RequestError if there is no dataset, it lacks a column that is used, or a condition does not fit one.
+        """
         self.store, self.manifest = read_manifest(dataset)
         self.url = self.store.url
-        self._conditions = parse_conditions(select, self.manifest.columns, "data.select")
+        self._conditions = parse_conditions(select, self.manifest.columns, select_key)
         self._caption_column = caption_column
         require_column(caption_column, self.manifest.columns, f"data.caption_column={caption_column}")
         self._rows_of_shard = [self._select(shard) for shard in self.manifest.shards]
         sizes = [shard.num_samples if rows is None else len(rows) for shard, rows in self._shards_and_rows()]
         self._first_row = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._indices: OrderedDict[int, _Index] = OrderedDict()
         self._files: OrderedDict[int, FileIO] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what the manifest says; it names every shard's sha256, so equal means equal samples."""
+        return hashlib.sha256(self.manifest.to_json()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._first_row[-1])
@@ -65,11 +92,20 @@ class Dataset:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        table = self._table(shard)
-        line = {name: table.column(name)[row - int(self._first_row[shard])].as_py() for name in table.column_names}
-        caption = line.pop(self._caption_column)
-        plain = {name: line.get(name, caption) for name in _INDEX_COLUMNS}
-        return Sample(row=row, shard=shard, id=sample_id(plain["uid"]), caption=str(caption or ""), **plain)
+        index, place = self._index(shard), row - int(self._first_row[shard])
+        key, uid, image_format = (text[place].as_py() for text in index.texts)
+        image_offset, image_size = index.places[place].tolist()
+        return Sample(
+            row=row,
+            shard=shard,
+            key=key,
+            uid=uid,
+            id=sample_id(uid),
+            caption=caption_text(index.captions[place].as_py()),
+            image_format=image_format,
+            image_offset=image_offset,
+            image_size=image_size,
+        )
 
     def column(self, name: str) -> list[Any]:
         """One column of every selected row, in row order. Raises RequestError if the dataset does not have it."""
@@ -116,19 +152,26 @@ class Dataset:
         columns = sorted({condition.column for condition in self._conditions})
         return matching_rows(self._read(shard, columns), self._conditions)
 
-    def _table(self, shard: int) -> pa.Table:
-        """The index columns of the selected rows of a shard."""
+    def _index(self, shard: int) -> _Index:
         with self._lock:
-            if shard in self._tables:
-                self._tables.move_to_end(shard)
-                return self._tables[shard]
-            info, rows = self.manifest.shards[shard], self._rows_of_shard[shard]
-            table = self._read(info, list(dict.fromkeys([*_INDEX_COLUMNS, self._caption_column])))
-            table = (table if rows is None else table.take(pa.array(rows))).combine_chunks()
-            self._tables[shard] = table
-            if len(self._tables) > MAX_SHARDS_KEPT:
-                self._tables.popitem(last=False)
-            return table
+            if shard in self._indices:
+                self._indices.move_to_end(shard)
+                return self._indices[shard]
+            index = self._indices[shard] = self._read_index(shard)
+            if len(self._indices) > MAX_SHARDS_KEPT:
+                self._indices.popitem(last=False)
+            return index
+
+    def _read_index(self, shard: int) -> _Index:
+        rows = self._rows_of_shard[shard]
+        table = self._read(self.manifest.shards[shard], list(dict.fromkeys([*_INDEX_COLUMNS, self._caption_column])))
+        table = table if rows is None else table.take(pa.array(rows))
+        columns = {name: pa.concat_arrays(table.column(name).chunks) for name in table.column_names}
+        return _Index(
+            texts=tuple(columns[name] for name in ("key", "uid", "image_format")),
+            places=np.stack([columns[name].to_numpy() for name in ("image_offset", "image_size")], axis=1),
+            captions=columns[self._caption_column],
+        )
 
     def _read(self, shard: Shard, columns: list[str]) -> pa.Table:
         try:
@@ -155,6 +198,11 @@ class Dataset:
                 self._files[shard] = FileIO(self.store.full(path))
             self._files.move_to_end(shard)
             return self._files[shard]
+
+
+def caption_text(value: Any) -> str:
+    """A caption column's value as text; an absent one is empty."""
+    return "" if value is None else str(value)
 
 
 def sample_id(uid: str) -> int:

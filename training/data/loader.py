@@ -1,7 +1,7 @@
 """Batches of one rank, prefetched by threads, the same ones whatever the number of threads, ranks or restarts.
 
 A sample whose image cannot be decoded is replaced by the next row that can: a pure function of the data, so the run
-stays reproducible. It is counted and logged with its shard and key; a long stretch of bad samples ends the run.
+stays reproducible. It is counted and named at the end of the run; a long stretch of bad samples ends the run.
 
 Legend: B samples of this rank, S side of the stored square.
 """
@@ -59,6 +59,8 @@ class ImageReader:
         # Memory is taken as rows are first written, not here.
         self._cache: Pixels | None = np.empty(shape, dtype=np.uint8) if keep else None
         self._standing_in: dict[int, int] = {}
+        self.bad: dict[str, str] = {}
+        """Images that could not be decoded: the reason by "shard key"."""
         self._cached = np.zeros(len(dataset) if keep else 0, dtype=bool)
 
     def read(self, row: int, into: Pixels) -> tuple[Sample, bool]:
@@ -72,7 +74,8 @@ class ImageReader:
                 sample = self.dataset.sample(used)
                 into[:] = self._square(sample)
             except BadImageError as error:
-                logger.warning("bad image shard=%s key=%s row=%d: %s", self._tar(sample), sample.key, used, error)
+                logger.info("bad image shard=%s key=%s row=%d: %s", self._tar(sample), sample.key, used, error)
+                self.bad[f"{self._tar(sample)} {sample.key}"] = str(error)
                 used = (used + 1) % len(self.dataset)
                 continue
             if used != row:
@@ -119,7 +122,7 @@ class Loader:
     ) -> None:
         """batch_size: of all ranks together. workers: threads that read and decode. prefetch: batches held ready."""
         cv2.setNumThreads(0)  # the workers are the parallelism
-        self._reader = reader
+        self.reader = reader
         self._seed, self._batch_size = seed, batch_size
         self._part = rank_slice(batch_size, rank, num_ranks)
         self._steps = range(start_step, num_steps)
@@ -140,7 +143,7 @@ class Loader:
         self._thread.join()
         if self._pool:
             self._pool.shutdown()
-        self._reader.dataset.close()
+        self.reader.dataset.close()
 
     def __iter__(self) -> Iterator[HostBatch]:
         """The batches in step order; `waited_s` grows by the time that the caller had to wait for them."""
@@ -178,9 +181,9 @@ class Loader:
             self._ready.get_nowait()
 
     def _batch(self, step: int) -> HostBatch:
-        rows, epochs = batch_at(self._seed, step, self._batch_size, len(self._reader.dataset))
+        rows, epochs = batch_at(self._seed, step, self._batch_size, len(self.reader.dataset))
         rows_B, epochs_B = rows[self._part], epochs[self._part]
-        side = self._reader.side
+        side = self.reader.side
         images_BSS3 = torch.empty((len(rows_B), side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
         read = self._read_all(rows_B, images_BSS3.numpy())
         samples = [sample for sample, _ in read]
@@ -196,7 +199,7 @@ class Loader:
 
     def _read_all(self, rows_B: NDArray[np.int64], images: NDArray[Any]) -> Sequence[tuple[Sample, bool]]:
         def read(place: int) -> tuple[Sample, bool]:
-            return self._reader.read(int(rows_B[place]), images[place])
+            return self.reader.read(int(rows_B[place]), images[place])
 
         places = range(len(rows_B))
         return list(self._pool.map(read, places)) if self._pool else [read(place) for place in places]

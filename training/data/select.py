@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import RequestError
 
-_FORM = re.compile(r"\s*([^=!<>|\s]+)\s*(!=|>=|<=|==|=|<|>)(.*)", re.DOTALL)
+_FORM = re.compile(r"\s*([^=!<>|]*[^=!<>|\s])\s*(!=|>=|<=|==|=|<|>)(.*)", re.DOTALL)
 _ORDERINGS = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}
 
 
@@ -21,16 +21,18 @@ class Condition:
     """One parsed condition: a row passes when its value is among `values` (=), is not (!=), or compares so."""
 
     text: str
+    """With the configuration key that it was given under."""
     column: str
     operator: str
     values: tuple[str, ...]
 
 
 def parse_conditions(texts: Sequence[str], columns: Mapping[str, str], where: str) -> list[Condition]:
-    """Parse conditions on a dataset whose columns and Arrow types are `columns`.
+    r"""Parse conditions on a dataset whose columns and Arrow types are `columns`.
 
-    `=` and `!=` take several values separated by `|`; all conditions must hold; an absent value (null) passes only
-    `!=`. Raises RequestError naming `where` (a configuration key) for a wrong form or an unknown column.
+    `=` and `!=` take several values separated by `|` (a `|` that belongs to a value is written `\|`); all conditions
+    must hold; an absent value (null) passes only `!=`. Raises RequestError naming `where` (a configuration key) for a
+    wrong form or an unknown column.
     """
     conditions = []
     for text in texts:
@@ -39,8 +41,8 @@ def parse_conditions(texts: Sequence[str], columns: Mapping[str, str], where: st
             raise RequestError(f"{where}={text}: not a condition; write COLUMN=VALUE, COLUMN!=A|B, COLUMN>=NUMBER")
         column, operator, rest = match[1], "=" if match[2] == "==" else match[2], match[3].strip()
         require_column(column, columns, f"{where}={text}")
-        values = tuple(value.strip() for value in rest.split("|")) if operator in ("=", "!=") else (rest,)
-        conditions.append(Condition(text=text, column=column, operator=operator, values=values))
+        values = tuple(_split(rest)) if operator in ("=", "!=") else (rest,)
+        conditions.append(Condition(text=f"{where}={text}", column=column, operator=operator, values=values))
     return conditions
 
 
@@ -60,13 +62,21 @@ def matching_rows(table: pa.Table, conditions: Sequence[Condition]) -> NDArray[n
     return np.flatnonzero(mask)
 
 
+def _split(text: str) -> list[str]:
+    r"""The values of `A|B`, with `\|` for a bar inside one."""
+    return [value.replace("\\|", "|").strip() for value in re.split(r"(?<!\\)\|", text)]
+
+
 def _mask(column: pa.ChunkedArray, condition: Condition) -> NDArray[np.bool_]:
     try:
         values = pa.array(condition.values, pa.string()).cast(column.type)
-    except pa.ArrowInvalid:
-        raise RequestError(f"data.select={condition.text}: column {condition.column} holds {column.type}") from None
-    if condition.operator in ("=", "!="):
-        found: NDArray[np.bool_] = pc.is_in(column, value_set=values).to_numpy().astype(bool)
-        return found if condition.operator == "=" else ~found
-    compared = _ORDERINGS[condition.operator](column, values[0])
+        if condition.operator in ("=", "!="):
+            found: NDArray[np.bool_] = pc.is_in(column, value_set=values).to_numpy().astype(bool)
+            return found if condition.operator == "=" else ~found
+        compared = _ORDERINGS[condition.operator](column, values[0])
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        written = " | ".join(condition.values)
+        raise RequestError(
+            f"{condition.text}: column {condition.column} holds {column.type}, not comparable with {written!r}"
+        ) from None
     return np.asarray(pc.fill_null(compared, False).to_numpy()).astype(bool)

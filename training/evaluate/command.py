@@ -104,7 +104,7 @@ def run_eval(config: EvalConfig) -> Scores:
 
 def open_samples(url: str, select: Sequence[str], caption_column: str, class_column: str, where: str) -> Dataset:
     """Open the samples that an evaluation reads. Raises RequestError when a column is missing or no sample passes."""
-    dataset = Dataset(url, select=select, caption_column=caption_column)
+    dataset = Dataset(url, select=select, caption_column=caption_column, select_key=where)
     if class_column:
         dataset.require(class_column, f"class_column={class_column}")
     if not len(dataset):

@@ -75,6 +75,13 @@ def load_model(checkpoint: str) -> TrainedModel:
     info = _chosen(store, int(tag)) if folder and tag.isdigit() else newest_valid(store)
     if info is None:
         raise RequestError(f"checkpoint={checkpoint}: no valid checkpoint here; run the same `pairmill train` again")
+    try:
+        return _read(store, info)
+    except FileNotFoundError:  # the run goes on, and keeps its newest only
+        raise RunError(f"{store.url_of(info.folder)}: removed while it was read; run the same command again") from None
+
+
+def _read(store: Store, info: CheckpointInfo) -> TrainedModel:
     config = validate(TrainConfig, json.loads(store.read_bytes(f"{info.folder}/{CONFIG_FILE}")))
     tokenizer = Tokenizer.from_json(store.read_bytes(f"{info.folder}/{TOKENIZER_FILE}").decode())
     method = build_method(config.method, config.method_config, config.model, tokenizer)
