@@ -4,9 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ray.exceptions import RayError
-
-from cluster.errors import EXIT_DONE, RequestError, RunError
+from cluster.errors import EXIT_DONE, RequestError
 from cluster.executor import Executor, run_stage
 from cluster.journal import Marker
 from cluster.progress import Progress
@@ -123,14 +121,7 @@ class Build:
         """Run a `Stage` (a frozen one, whose members the protocol would have settable) and note what it took."""
         done_before = self._journal.markers(stage.name)
         started = time.monotonic()
-        try:
-            markers = run_stage(stage, self._journal, self._executor, self._progress)
-        except RayError as error:  # a worker that dies again and again, or that cannot load the code
-            last_line = str(error).strip().splitlines()[-1]
-            raise RunError(
-                f"stage {stage.name}: Ray gave up on a unit: {type(error).__name__}: {last_line}; "
-                "finished units are kept, run the same command to go on"
-            ) from None
+        markers = run_stage(stage, self._journal, self._executor, self._progress)
         new = [marker for unit, marker in markers.items() if unit not in done_before]
         if new:
             timing = Timing(

@@ -7,6 +7,7 @@ keys.bin            `dedup.KEY` of the kept rows in hash order, one bucket per d
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,8 @@ from cluster.store import Store
 from pipeline.buckets import write_buckets
 from pipeline.dedup import make_keys, partition_of
 from pipeline.rules import Rule, columns_of, passes
-from pipeline.selection import column_list, read_table
+from pipeline.selection import column_list, read_checked
+from pipeline.workfile import WorkFile
 
 DECISIONS = pa.schema(
     [
@@ -36,10 +38,10 @@ DECISIONS = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class DecideStage:
-    """`rows`: (fetch unit, path of its rows.parquet) in unit order."""
+    """`rows`: every fetch unit's rows.parquet, in unit order."""
 
     store: Store
-    rows: tuple[tuple[str, str], ...]
+    rows: tuple[WorkFile, ...]
     rules: tuple[Rule, ...]
     partitions: int
     name: str = "decide"
@@ -48,15 +50,19 @@ class DecideStage:
 
     @staticmethod
     def of(store: Store, fetched: Sequence[Marker], rules: tuple[Rule, ...], partitions: int) -> "DecideStage":
-        rows = tuple((marker.unit, marker.path_of("rows.parquet")) for marker in fetched)
+        rows = tuple(WorkFile.of(marker, "rows.parquet") for marker in fetched)
         return DecideStage(store=store, rows=rows, rules=rules, partitions=partitions)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers get a unit's file with the unit; the list of all of them stays with the driver."""
+        return {**self.__dict__, "rows": ()}
+
     def units(self) -> Sequence[Unit]:
-        return [Unit(id=unit, params={"index": index, "rows": path}) for index, (unit, path) in enumerate(self.rows)]
+        return [Unit(id=rows.unit, params={"index": index, "rows": rows}) for index, rows in enumerate(self.rows)]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         wanted = ["uid", "status", "sha256", "num_rows", *columns_of(self.rules)]
-        table = read_table(self.store, unit.params["rows"], list(dict.fromkeys(wanted)))
+        table = read_checked(self.store, unit.params["rows"], list(dict.fromkeys(wanted)))
         downloaded = np.flatnonzero([status == "ok" for status in column_list(table, "status")])
         rows = table.take(pa.array(downloaded, pa.int64()))
         decisions, blamed = decide(rows, downloaded, self.rules)

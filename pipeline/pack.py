@@ -5,14 +5,9 @@ are. Every byte of a shard is a function of the kept rows: two attempts at a sha
 """
 
 import json
-import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +16,8 @@ from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
 from pipeline.manifest import SAMPLE_COLUMNS
-from pipeline.selection import DecidedUnit, Duplicates, extra_columns, read_table, survivors
+from pipeline.plain import json_form, plain_values
+from pipeline.selection import DecidedUnit, Duplicates, extra_columns, open_images, read_checked, survivors
 from pipeline.tar import TarWriter
 
 _OFFSETS = ("image_offset", "image_size", "caption_offset", "caption_size")
@@ -73,9 +69,9 @@ class PackStage:
     num_cpus: float = 1.0
     memory_bytes: int = 512 * 2**20
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         """Workers get a shard's parts with its unit; the list of all of them stays with the driver."""
-        return _pack_stage, (self.store, self.duplicates, self.samples_per_shard)
+        return {**self.__dict__, "shards": ()}
 
     def units(self) -> Sequence[Unit]:
         return [
@@ -98,58 +94,33 @@ class PackStage:
     def _pack_part(self, part: Part, number: int, tar: TarWriter) -> pa.Table:
         """Append a part's samples to the tar, the first one being sample `number`; returns their table."""
         rows = survivors(self.store, part.unit, self.duplicates)[part.first : part.end]
-        table = read_table(self.store, part.unit.rows).take(pa.array(rows, pa.int64()))
+        table = read_checked(self.store, part.unit.rows).take(pa.array(rows, pa.int64()))
         extra = extra_columns(table.schema)
         added: dict[str, list[Any]] = {name: [] for name in ("key", *_OFFSETS)}
+        told = [dict(zip((*_JSON, *extra), row, strict=True)) for row in _rows(table, (*_JSON, *extra))]
+        places = _rows(table, ("image_offset", "image_size", "image_format"))
         with open_images(self.store, part.unit.images) as images:
-            for place, row in enumerate(table.to_pylist()):
+            for place, (row, (offset, size, suffix)) in enumerate(zip(told, places, strict=True)):
                 key = sample_key(number + place, self.samples_per_shard)[1]
-                images.seek(row["image_offset"])
-                image, caption = images.read(row["image_size"]), row["caption"].encode()
+                images.seek(offset)
+                image, caption = images.read(size), row["caption"].encode()
                 added["key"].append(key)
-                added["image_offset"].append(tar.add(f"{key}.{row['image_format']}", image))
+                added["image_offset"].append(tar.add(f"{key}.{suffix}", image))
                 added["image_size"].append(len(image))
                 added["caption_offset"].append(tar.add(f"{key}.txt", caption))
                 added["caption_size"].append(len(caption))
-                tar.add(f"{key}.json", _sample_json(key, row, extra))
+                tar.add(f"{key}.json", _sample_json(key, row))
         columns = {name: table.column(name) for name in (*_COPIED, *extra)}
         columns["key"] = pa.array(added["key"], pa.string())
         columns |= {name: pa.array(added[name], pa.int64()) for name in _OFFSETS}
         return pa.table({name: columns[name] for name in (*SAMPLE_COLUMNS, *extra)}).replace_schema_metadata(None)
 
 
-@contextmanager
-def open_images(store: Store, path: str) -> Iterator[BinaryIO]:
-    """A seekable local file with a tar's bytes: an object store answers one large read faster than many small."""
-    if store.is_local:
-        with store.open(path) as file:
-            yield file
-        return
-    folder = Path(tempfile.mkdtemp(prefix="pairmill-"))
-    try:
-        store.get_file(path, folder / "images.tar")
-        with open(folder / "images.tar", "rb") as file:
-            yield file
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _sample_json(key: str, row: dict[str, Any]) -> bytes:
+    content = {"key": key} | {name: json_form(value) for name, value in row.items()}
+    return json.dumps(content, ensure_ascii=False).encode()
 
 
-def _sample_json(key: str, row: dict[str, Any], extra: Sequence[str]) -> bytes:
-    content = {"key": key} | {name: _finite(row[name]) for name in (*_JSON, *extra)}
-    return json.dumps(content, ensure_ascii=False, default=_plain).encode()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity; a missing number is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plain(value: Any) -> str:
-    """Text for values that JSON has no form for: bytes as hex, dates as ISO 8601, decimals as digits."""
-    if isinstance(value, bytes):
-        return value.hex()
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
-def _pack_stage(store: Store, duplicates: Duplicates, samples_per_shard: int) -> PackStage:
-    return PackStage(store=store, shards=(), duplicates=duplicates, samples_per_shard=samples_per_shard)
+def _rows(table: pa.Table, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The rows of some columns as Python values."""
+    return zip(*(plain_values(table.column(name)) for name in names), strict=True)

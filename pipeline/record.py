@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.executor import Unit
@@ -25,7 +26,7 @@ from cluster.store import Store
 from pipeline.dedup import duplicate_uid
 from pipeline.pack import sample_key
 from pipeline.reasons import Reason
-from pipeline.selection import DecidedUnit, Duplicates, column_list, extra_columns, read_table, survivors
+from pipeline.selection import DecidedUnit, Duplicates, column_list, extra_columns, read_checked, survivors
 
 REPEATED_PAIR = "repeated_pair"
 _VERDICT = ("status", "reason", "rule", "score", "threshold")
@@ -45,9 +46,9 @@ class RecordStage:
     num_cpus: float = 1.0
     memory_bytes: int = 256 * 2**20
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         """Workers get what they need with each unit."""
-        return _record_stage, (self.store, self.duplicates, self.samples_per_shard)
+        return {**self.__dict__, "decided": (), "num_kept": ()}
 
     def units(self) -> Sequence[Unit]:
         starts = np.cumsum([0, *self.num_kept]).tolist()
@@ -58,7 +59,7 @@ class RecordStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         decided: DecidedUnit = unit.params["unit"]
-        table = read_table(self.store, decided.rows)
+        table = read_checked(self.store, decided.rows)
         verdicts = self._verdicts(table, decided, unit.params["start"])
         extra = extra_columns(table.schema)
         own = [name for name in table.schema.names if name not in (*_VERDICT, *_IN_TAR, *extra)]
@@ -77,7 +78,7 @@ class RecordStage:
         values: dict[str, list[Any]] = {name: column_list(table, name) for name in _VERDICT}
         for name in ("duplicate_of", "shard", "key"):
             values[name] = [None] * table.num_rows
-        failed = read_table(self.store, decided.decisions).filter(pa.compute.field("keep") == pa.scalar(False))
+        failed = read_checked(self.store, decided.decisions).filter(pc.field("keep") == pc.scalar(False))
         for decision in reversed(failed.to_pylist()):  # the first rule that dropped a row is written last
             for name in _VERDICT[1:]:
                 values[name][decision["row"]] = decision[name]
@@ -119,7 +120,3 @@ def total_counts(recorded: Mapping[str, Marker]) -> dict[str, int]:
 def record_path(index: int) -> str:
     """Public name of the record of fetch unit number `index`."""
     return f"record/{index:05}.parquet"
-
-
-def _record_stage(store: Store, duplicates: Duplicates, samples_per_shard: int) -> RecordStage:
-    return RecordStage(store=store, decided=(), num_kept=(), duplicates=duplicates, samples_per_shard=samples_per_shard)

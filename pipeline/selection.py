@@ -1,9 +1,12 @@
 """From decisions and duplicates to the rows of a fetch unit that go into shards."""
 
 import io
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from cluster.journal import Marker
 from cluster.store import Store
 from pipeline.buckets import Records, read_bucket, read_bucket_sizes
+from pipeline.workfile import WorkFile
 
 # A dropped row of a fetch unit and the uid of the sample that represents it.
 DUPLICATE = np.dtype([("row", "<u4"), ("uid_high", "<u8"), ("uid_low", "<u8")])
@@ -24,20 +28,20 @@ class DecidedUnit:
 
     index: int
     id: str
-    rows: str
-    images: str
-    kept: str
-    decisions: str
+    rows: WorkFile
+    images: WorkFile
+    kept: WorkFile
+    decisions: WorkFile
 
     @staticmethod
     def of(index: int, fetched: Marker, decided: Marker) -> "DecidedUnit":
         return DecidedUnit(
             index=index,
             id=fetched.unit,
-            rows=fetched.path_of("rows.parquet"),
-            images=fetched.path_of("images.tar"),
-            kept=decided.path_of("kept.npy"),
-            decisions=decided.path_of("decisions.parquet"),
+            rows=WorkFile.of(fetched, "rows.parquet"),
+            images=WorkFile.of(fetched, "images.tar"),
+            kept=WorkFile.of(decided, "kept.npy"),
+            decisions=WorkFile.of(decided, "decisions.parquet"),
         )
 
 
@@ -57,7 +61,7 @@ class Duplicates:
 
 def survivors(store: Store, unit: DecidedUnit, duplicates: Duplicates) -> NDArray[np.int64]:
     """Row numbers of a fetch unit that rules and deduplication kept, ascending."""
-    kept: NDArray[np.int64] = np.load(io.BytesIO(store.read_bytes(unit.kept))).astype(np.int64)
+    kept: NDArray[np.int64] = np.load(io.BytesIO(unit.kept.read(store))).astype(np.int64)
     dropped = duplicates.of_unit(store, unit.index)["row"]
     return kept[~np.isin(kept, dropped)]
 
@@ -70,10 +74,28 @@ def num_dropped(store: Store, duplicates: Duplicates) -> NDArray[np.int64]:
     return total
 
 
+def read_checked(store: Store, file: WorkFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """A unit's parquet file as a table, all columns or the named ones. RunError when it is missing or damaged."""
+    return pq.read_table(pa.BufferReader(file.read(store)), columns=list(columns) if columns is not None else None)
+
+
 def read_table(store: Store, path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A parquet object as a table; only the named columns are read."""
     with store.open(path) as file:
         return pq.read_table(file, columns=list(columns) if columns is not None else None)
+
+
+@contextmanager
+def open_images(store: Store, images: WorkFile) -> Iterator[BinaryIO]:
+    """A fetch unit's tar to seek in: an object store answers one large read faster than many small ones.
+
+    RunError when it is missing or damaged.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="pairmill-") as folder,
+        open(images.local(store, Path(folder)), "rb") as file,
+    ):
+        yield file
 
 
 def extra_columns(schema: pa.Schema) -> list[str]:

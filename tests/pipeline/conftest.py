@@ -21,43 +21,9 @@ import pytest
 from cluster.journal import Journal, Marker
 from cluster.store import Store
 from pipeline.__main__ import main
+from pipeline.fetch import FETCHED
 
-FETCHED = pa.schema(
-    [
-        ("uid", pa.string()),
-        ("order", pa.uint64()),
-        ("url", pa.string()),
-        ("caption", pa.string()),
-        ("num_rows", pa.int64()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("rule", pa.string()),
-        ("score", pa.float64()),
-        ("threshold", pa.float64()),
-        ("detail", pa.string()),
-        ("http_status", pa.int32()),
-        ("final_url", pa.string()),
-        ("num_redirects", pa.int32()),
-        ("size_bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("source_format", pa.string()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("image_format", pa.string()),
-        ("is_animated", pa.bool_()),
-        ("grey_std", pa.float64()),
-        ("mean_red", pa.float64()),
-        ("mean_green", pa.float64()),
-        ("mean_blue", pa.float64()),
-        ("image_offset", pa.int64()),
-        ("image_size", pa.int64()),
-        ("attempts", pa.int32()),
-        ("seconds", pa.float64()),
-        ("licence", pa.string()),
-    ]
-)
+ROWS = pa.schema([*FETCHED, pa.field("licence", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +72,7 @@ def _commit(journal: Journal, unit: str, pairs: Sequence[Pair]) -> Marker:
     with journal.attempt("fetch", unit) as output:
         places = _write_images(output.path("images.tar"), pairs)
         rows = [_row(pair, places.get(pair.uid)) for pair in pairs]
-        pq.write_table(pa.Table.from_pylist(rows, FETCHED), output.path("rows.parquet"))
+        pq.write_table(pa.Table.from_pylist(rows, ROWS), output.path("rows.parquet"))
         output.count("rows", sum(pair.num_rows for pair in pairs))
         output.count("reason:ok", sum(pair.num_rows for pair in pairs if pair.body is not None))
         return journal.commit("fetch", unit, output)

@@ -4,16 +4,15 @@ import csv
 import json
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset
 import pytest
 import webdataset
-from ray.exceptions import WorkerCrashedError
 
 from cluster.config import parse
-from cluster.executor import InlineExecutor
 from pipeline.__main__ import main
 from pipeline.config import BuildConfig
 from pipeline.manifest import read_manifest
@@ -23,6 +22,12 @@ def published(folder: Path) -> dict[str, bytes]:
     """Every file of a dataset whose bytes are promised."""
     files = [*sorted((folder / "shards").iterdir()), folder / "manifest.json"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_every_input_row_is_accounted_for(dataset: Path, counts: dict[str, int]) -> None:
@@ -192,19 +197,46 @@ def test_an_object_store_gets_the_same_bytes_as_a_folder(dataset: Path, words: A
     assert {name: store.read_bytes(name) for name in published(dataset)} == published(dataset)
 
 
-def test_workers_that_keep_dying_are_an_error_with_a_way_on(
-    words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def crash(*units: Any, **resources: Any) -> Any:
-        raise WorkerCrashedError
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "flipped bit in the images": ("fetch/00000-00001.*/images.tar", flip_bit, "is damaged"),
+    "flipped bit in the rows": ("fetch/00000-00002.*/rows.parquet", flip_bit, "is damaged"),
+    "images are gone": ("fetch/00000-00003.*/images.tar", Path.unlink, "is missing"),
+    "flipped bit in the decisions": ("decide/00000-00004.*/kept.npy", flip_bit, "is damaged"),
+}
 
-    monkeypatch.setattr(InlineExecutor, "map_unordered", crash)
-    assert main(["build", *words(tmp_path / "out")]) == 1
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_work_is_never_packed_and_the_advice_repairs_it(
+    dataset: Path, words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pattern, damage, problem = DAMAGES[name]
+    folder = tmp_path / "out"
+    shutil.copytree(dataset, folder)
+    (folder / "manifest.json").unlink()
+    for stage in ("pack", "record"):
+        shutil.rmtree(folder / "journal" / stage)
+    (path,) = (folder / "work").glob(pattern)
+    damage(path)
+    assert main(["build", *words(folder)]) == 1
     message = capsys.readouterr().err
-    assert "stage plan-read: Ray gave up on a unit: WorkerCrashedError" in message
-    assert "Traceback" not in message
-    monkeypatch.undo()
-    assert main(["build", *words(tmp_path / "out")]) == 0
+    assert f"{path} {problem}" in message
+    for remove in message.strip().splitlines()[-1].split():
+        shutil.rmtree(remove) if Path(remove).is_dir() else Path(remove).unlink(missing_ok=True)
+    assert main(["build", *words(folder)]) == 0
+    assert published(folder) == published(dataset)
+
+
+def test_the_same_list_elsewhere_gives_the_same_manifest(
+    dataset: Path, url_list: Path, words: Any, tmp_path: Path
+) -> None:
+    shutil.copy(url_list, tmp_path / url_list.name)
+    assert main(["build", *words(tmp_path / "out", f"input={tmp_path / url_list.name}")]) == 0
+    assert published(tmp_path / "out") == published(dataset)
+
+
+def test_the_manifest_has_the_columns_in_their_order(dataset: Path) -> None:
+    columns = list(json.loads((dataset / "manifest.json").read_bytes())["columns"])
+    assert columns == pyarrow.dataset.dataset(dataset / "shards/00000.parquet").schema.names
 
 
 @pytest.mark.parametrize("command", ["build", "verify", "explain", "report"])

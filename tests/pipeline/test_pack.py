@@ -3,11 +3,14 @@
 import json
 import pickle
 import tarfile
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset
 import pytest
 import webdataset
@@ -20,18 +23,28 @@ from pipeline.decide import DecideStage
 from pipeline.dedup import DedupStage
 from pipeline.manifest import SAMPLE_COLUMNS
 from pipeline.pack import PackStage, Part, _sample_json, cut_shards, sample_key
+from pipeline.plain import json_form, plain_values
 from pipeline.record import RecordStage, total_counts
 from pipeline.rules import MinimumSide
 from pipeline.selection import DecidedUnit, Duplicates, num_dropped, read_table
 from pipeline.tar import TarWriter
+from pipeline.workfile import WorkFile
+
+
+class AsSent:
+    """A stage whose units are run by what a worker gets of it."""
+
+    def __init__(self, stage: Any) -> None:
+        self.name, self.num_cpus, self.memory_bytes = stage.name, stage.num_cpus, stage.memory_bytes
+        self.units = stage.units
+        self.run = pickle.loads(pickle.dumps(stage)).run
 
 
 def run_all(store: Store, fetched: list[Marker], samples_per_shard: int) -> tuple[list[Marker], dict[str, Marker]]:
     """Everything between fetch and publish; returns the markers of pack and record."""
 
     def run(stage: Any) -> dict[str, Marker]:
-        stage = pickle.loads(pickle.dumps(stage)) if not isinstance(stage, PackStage | RecordStage) else stage
-        return run_stage(stage, Journal(store), InlineExecutor(), Progress())
+        return run_stage(AsSent(stage), Journal(store), InlineExecutor(), Progress())
 
     decided = run(DecideStage.of(store, fetched, (MinimumSide(threshold=32),), 2))
     keys = tuple(marker.path_of("keys.bin") for marker in decided.values())
@@ -66,6 +79,7 @@ UNITS = [
     ],
 ]
 KEPT = [1, 2, 6, 7, 8]
+NONE = WorkFile(stage="fetch", unit="0", path="p" * 50, sha256="0" * 64)
 
 
 def test_shards_hold_the_survivors_in_order(store: Store, fetch: Any) -> None:
@@ -166,7 +180,7 @@ def test_nothing_kept_makes_no_shard(store: Store, fetch: Any) -> None:
 @pytest.mark.parametrize("sizes", [[0], [5], [4], [1, 0, 0, 7, 2], [3, 3, 3], [12]])
 def test_shards_are_cut_at_exact_size(sizes: list[int]) -> None:
     units = [
-        DecidedUnit(index=index, id=str(index), rows="", images="", kept="", decisions="")
+        DecidedUnit(index=index, id=str(index), rows=NONE, images=NONE, kept=NONE, decisions=NONE)
         for index in range(len(sizes))
     ]
     shards = cut_shards(units, sizes, 4)
@@ -177,7 +191,7 @@ def test_shards_are_cut_at_exact_size(sizes: list[int]) -> None:
 
 
 def test_workers_are_not_sent_the_list_of_all_shards(store: Store) -> None:
-    unit = DecidedUnit(index=0, id="0", rows="r" * 50, images="i" * 50, kept="k" * 50, decisions="d" * 50)
+    unit = DecidedUnit(index=0, id="0", rows=NONE, images=NONE, kept=NONE, decisions=NONE)
     stage = PackStage(
         store=store,
         shards=tuple((Part(unit=unit, first=0, end=1),) for _ in range(1000)),
@@ -208,8 +222,21 @@ def test_tar_bytes_depend_on_the_members_only(tmp_path: Path) -> None:
 
 
 def test_values_that_json_lacks_are_written_as_text() -> None:
-    row: dict[str, Any] = dict.fromkeys(
-        ("uid", "url", "caption", "width", "height", "original_width", "original_height", "sha256"), 1
-    )
-    content = json.loads(_sample_json("k", {**row, "b": b"\x01", "n": float("nan")}, ["b", "n"]))
-    assert (content["b"], content["n"]) == ("01", None)
+    values = {"b": b"\x01", "n": float("nan"), "d": Decimal("1.50"), "t": date(2020, 1, 2), "i": 2**64 - 1, "o": True}
+    content = json.loads(_sample_json("k", {**values, "deep": {"x": [values, (float("inf"), None)]}}), parse_constant=0)
+    plain = {"b": "01", "n": None, "d": "1.50", "t": "2020-01-02", "i": 2**64 - 1, "o": True}
+    assert content == {"key": "k", **plain, "deep": {"x": [plain, [None, None]]}}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "told"),
+    [
+        (2**31 - 1, pa.date32(), "2147483647"),
+        ([10**15, 0], pa.list_(pa.timestamp("s")), ["1000000000000000", "1970-01-01T00:00:00"]),
+        ({"a": 10**15}, pa.struct([("a", pa.timestamp("s"))]), {"a": "1000000000000000"}),
+        ([("k", 10**15)], pa.map_(pa.string(), pa.timestamp("s")), [["k", "1000000000000000"]]),
+        (2**62, pa.duration("s"), str(2**62)),
+    ],
+)
+def test_times_beyond_those_of_python_are_told_as_numbers(value: Any, kind: pa.DataType, told: Any) -> None:
+    assert json_form(plain_values(pa.chunked_array([pa.array([value, None], kind)]))) == [told, None]
