@@ -1,5 +1,6 @@
 """`pairmill explain OUT UID|URL`: what became of a pair, stage by stage, read from what the build left."""
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from cluster.errors import EXIT_DONE, RequestError
 from cluster.journal import Journal
 from cluster.run import require_run
 from cluster.store import Store
+from pipeline.readers.schema import RESERVED
 from pipeline.reasons import sentence
 
 UID = re.compile(r"[0-9a-f]{32}")
@@ -114,7 +116,8 @@ def _rules(store: Store, found: Found) -> Iterator[str]:
     verdicts = []
     if decided:
         table = _Table(stage="decide", unit=found.unit, path=decided.path_of("decisions.parquet"))
-        verdicts = table.rows(store, "uid", row["uid"])
+        with contextlib.suppress(FileNotFoundError):  # work/ of a finished build may be removed
+            verdicts = table.rows(store, "uid", row["uid"])
     if row["rule"] and row["score"] is not None and row["rule"] not in [verdict["rule"] for verdict in verdicts]:
         verdicts.insert(0, {**row, "keep": False})
     for verdict in verdicts:
@@ -160,18 +163,18 @@ class _Table:
     row_group: int | None = None
 
     def rows(self, store: Store, column: str, value: str) -> list[dict[str, Any]]:
-        """The rows whose `column` is `value`."""
+        """The rows whose `column` is `value`; of the list's own columns nothing is told."""
         with store.open(self.path) as file:
             parquet = pq.ParquetFile(file)
             groups = range(parquet.num_row_groups) if self.row_group is None else [self.row_group]
-            if column not in parquet.schema_arrow.names:
+            own = [name for name in parquet.schema_arrow.names if name in RESERVED or self.stage == "decide"]
+            if column not in own:
                 return []
             keys = parquet.read_row_groups(list(groups), columns=[column])
             if not pc.any(pc.equal(keys.column(column), value)).as_py():
                 return []
-            rows: list[dict[str, Any]] = (
-                parquet.read_row_groups(list(groups)).filter(pc.field(column) == value).to_pylist()
-            )
+            table = parquet.read_row_groups(list(groups), columns=own)
+            rows: list[dict[str, Any]] = table.filter(pc.field(column) == value).to_pylist()
             return rows
 
 

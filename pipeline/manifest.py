@@ -62,7 +62,8 @@ class Manifest:
     """What a dataset is. Two builds with the same lists, responses and settings have the same bytes here.
 
     counts: {"kept": n, reason: n, ...}; its values sum to `num_input_rows`.
-    columns: names and Arrow types of the shard parquet's columns. config: the settings that affect results.
+    columns: names and Arrow types of the shard parquet's columns, in their order. config: the settings that affect
+    results, but for where the lists are.
     sources: one {"path", "size_bytes", "sha256", "num_rows"} per input file.
     """
 
@@ -76,7 +77,7 @@ class Manifest:
     sources: tuple[dict[str, Any], ...]
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        return json.dumps(asdict(self), indent=1).encode()  # every part has an order of its own
 
     @staticmethod
     def from_json(data: bytes) -> "Manifest":
@@ -102,8 +103,11 @@ def read_manifest(dataset: str) -> tuple[Store, Manifest]:
         raise RequestError(f"{dataset}: cannot open this location: {error}") from None
     try:
         manifest = Manifest.from_json(data)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"{store.url_of(MANIFEST_FILE)}: not a readable manifest: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(
+            f"{store.url_of(MANIFEST_FILE)}: not a readable manifest ({error}); remove it and run the "
+            "same build command, which makes it again"
+        ) from None
     if manifest.version != FORMAT_VERSION:
         raise RequestError(
             f"{store.url_of(MANIFEST_FILE)}: format version {manifest.version}, this pairmill reads {FORMAT_VERSION}"

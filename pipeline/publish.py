@@ -22,13 +22,15 @@ def make_manifest(
     packed: Sequence[Marker],
     recorded: Mapping[str, Marker],
 ) -> Manifest:
-    """What the dataset is. The counts account for every input row, and the shards for every kept one."""
+    """What the dataset is. RunError unless the counts account for every input row and the shards for the kept ones."""
     source_entries = tuple(json.loads(store.read_bytes(marker.path_of("source.json"))) for marker in sources)
     num_input_rows = sum(int(entry["num_rows"]) for entry in source_entries)
     counts = total_counts(recorded)
     num_samples = sum(marker.counts["rows"] for marker in packed)
-    assert sum(counts.values()) == num_input_rows, f"{counts} do not account for {num_input_rows} input rows"
-    assert counts["kept"] == num_samples, f"{counts['kept']} kept pairs, {num_samples} samples in shards"
+    if sum(counts.values()) != num_input_rows:
+        raise _unsound(store, f"{counts} do not account for {num_input_rows:,} input rows")
+    if counts["kept"] != num_samples:
+        raise _unsound(store, f"{counts['kept']:,} kept pairs, {num_samples:,} samples in shards")
     return Manifest(
         version=FORMAT_VERSION,
         num_input_rows=num_input_rows,
@@ -36,7 +38,7 @@ def make_manifest(
         counts=counts,
         shards=tuple(_shard(index, marker) for index, marker in enumerate(packed)),
         columns=_columns(store, packed[0].path_of("samples.parquet")),
-        config=flatten(config, only_result=True),
+        config={name: value for name, value in flatten(config, only_result=True).items() if name != "input"},
         sources=source_entries,
     )
 
@@ -59,6 +61,15 @@ def refuse_empty(counts: Mapping[str, int], input: Sequence[str]) -> None:
     raise RunError(
         f"no pair was kept, so there is no dataset to publish: {reasons}; check the settings or the lists "
         f"({', '.join(input)}), then build into a new output"
+    )
+
+
+def _unsound(store: Store, problem: str) -> RunError:
+    """Stages contradict each other: some markers were removed, but not those that had been made from them."""
+    stages = " ".join(store.url_of(f"journal/{stage}") for stage in ("decide", "dedup", "pack", "record"))
+    return RunError(
+        f"nothing is published: {problem}; the journal has units that were done again and others made from what they "
+        f"were before: remove {stages} and run the same command, which downloads nothing again"
     )
 
 

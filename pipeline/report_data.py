@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
+from cluster.errors import RequestError
 from cluster.journal import Journal, Marker
 from cluster.report import image_url
 from cluster.store import Store
@@ -123,13 +124,16 @@ def sample_rows(store: Store, max_rows: int = MAX_ROWS) -> Sampled:
     """The records of the first fetch units, at least one, up to about `max_rows` rows."""
     journal = Journal(store)
     recorded, fetched = journal.markers("record"), journal.markers("fetch")
+    if not recorded:
+        raise RequestError(f"{store.url}: a report is made from journal/ and record/, and journal/record/ is not there")
     tables: list[pa.Table] = []
     pictures: dict[str, tuple[str, int, int]] = {}
     for unit, marker in recorded.items():
         if tables and sum(table.num_rows for table in tables) >= max_rows:
             break
         tables.append(read_table(store, marker.path_of("record.parquet"), _COLUMNS))
-        pictures |= dict(_pictures(store, fetched[unit]))
+        if unit in fetched:
+            pictures |= dict(_pictures(store, fetched[unit]))
     return Sampled(rows=pa.concat_tables(tables), pictures=pictures, is_all=len(tables) == len(recorded))
 
 
