@@ -67,8 +67,8 @@ class WorkFile:
         remove = " ".join(store.url_of(f"journal/{name}") for name in markers)
         again = "downloads it again" if self.stage == "fetch" else "makes it again"
         return RunError(
-            f"stage {self.stage}, unit {self.unit}: {store.url_of(self.path)} {problem}; remove (rm -rf) what follows and "
-            f"run the same command, which {again}; if all of work/ is gone, build into a new output\n  {remove}"
+            f"stage {self.stage}, unit {self.unit}: {store.url_of(self.path)} {problem}; remove (rm -rf) what follows "
+            f"and run the same command, which {again}; if all of work/ is gone, build into a new output\n  {remove}"
         )
 
 

@@ -66,11 +66,6 @@ def test_people_read_the_dataset_with_their_own_tools(dataset: Path) -> None:
     assert table["uid"].to_pylist() == [sample["json"]["uid"] for sample in samples]
 
 
-def test_the_same_lists_give_the_same_bytes_with_two_ray_workers(dataset: Path, words: Any, tmp_path: Path) -> None:
-    assert main(["build", *words(tmp_path / "out", "ray.address=", "ray.num_cpus=2")]) == 0
-    assert published(tmp_path / "out") == published(dataset)
-
-
 def test_rows_spread_over_other_files_give_the_same_shards(
     dataset: Path, url_list: Path, words: Any, tmp_path: Path
 ) -> None:
