@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -64,14 +65,14 @@ def _finished(plan: TrainPlan, dataset: Dataset) -> Store | None:
 def _run_on_ray(plan: TrainPlan, dataset: Dataset) -> TrainResult:
     import ray
 
-    launch.start_for_training(plan.config.ray)
-    try:
-        num_ranks = launch.ranks_on_ray(plan)
-        with prepared(plan, dataset, num_ranks) as request, _display(plan) as display:
-            outcome = launch.run_on_ray(request, num_ranks, display)
-            return finish(request, outcome)
-    finally:
-        ray.shutdown()
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it tells about dead workers
+        launch.start_for_training(plan.config.ray)
+        try:
+            num_ranks = launch.ranks_on_ray(plan)
+            with prepared(plan, dataset, num_ranks) as request, _display(plan) as display:
+                return finish(request, launch.run_on_ray(request, num_ranks, display))
+        finally:
+            ray.shutdown()
 
 
 def _run_inline(plan: TrainPlan, dataset: Dataset) -> TrainResult:

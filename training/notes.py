@@ -36,6 +36,6 @@ def bad_images_note(store: Store, bad: Mapping[str, str]) -> list[str]:
     store.write_bytes(BAD_IMAGES_FILE, json.dumps(found, indent=1).encode())
     named = ", ".join(list(found)[:NUM_NAMED]) + (", ..." if len(found) > NUM_NAMED else "")
     return [
-        f"{len(found):,} images cannot be decoded and were replaced by the next ones: {named} "
-        f"(with reasons in {store.url_of(BAD_IMAGES_FILE)})"
+        f"images that cannot be decoded, replaced by the next ones: {len(found):,} ({named}; reasons in "
+        f"{store.url_of(BAD_IMAGES_FILE)})"
     ]

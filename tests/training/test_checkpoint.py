@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.config import parse
 from cluster.errors import RequestError
 from cluster.store import Store
+from training import launch, trainer
 from training.checkpoint import newest_valid, published
-from training.command import RESULT_FILE, TrainResult
+from training.command import RESULT_FILE, TrainResult, run_train
+from training.config import TrainConfig
+from training.launch import single_group
 from training.metrics import read_lines
 
 Trainer = Callable[..., TrainResult]
@@ -73,27 +77,57 @@ def test_run_with_a_truncated_newest_checkpoint_resumes_from_the_one_before(
     assert newest_step(run) == 9
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_newest_checkpoint_does_not_crowd_out_the_next_ones(
+    train_tiny: Trainer, run: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    (run / "checkpoints/step-00000009/weights.pt").write_bytes(b"")
+    cut_short = run / "checkpoints/step-00000008"
+    cut_short.mkdir()
+    (cut_short / "weights.pt").write_bytes(b"half")
+    train = trainer.train
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "train", lambda *args, **more: train(*args, **more | {"stop": lambda: True}))
+        assert train_tiny(run, f"checkpoint.keep={keep}").outcome == "stopped"
+    assert [info.step for info in published(Store(str(run)))] == [7, 6][:keep]
+    assert len(list((run / "checkpoints").iterdir())) == 2 * keep
+    assert newest_step(run) == 7
+
+
+def test_person_is_told_which_checkpoints_were_passed_over(
+    train_tiny: Trainer, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (3, 6, 9):
+        (run / f"checkpoints/step-{step:08}/weights.pt").unlink()
+    train_tiny(run, "checkpoint.keep=9")
+    err = capsys.readouterr().err
+    for step in (3, 6, 9):
+        assert f"the checkpoint of step {step} is passed over: checkpoints/step-{step:08}/weights.pt is missing" in err
+    assert "training starts again from step 0" in err
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_every_zero_stage_resumes_exactly(
     train_tiny: Trainer, write_config: Callable[..., Path], tmp_path: Path, stage: int
 ) -> None:
     run, words = tmp_path / "run", [f"train.zero_stage={stage}", "checkpoint.keep=9"]
-    config = str(write_config(tmp_path / "tiny.yaml"))
+    if stage < 3:
+        train_and_resume(train_tiny, run, words)
+    else:  # in a process of its own: ZeRO-3 exchanges torch's linear layers for its own, for good
+        config = str(write_config(tmp_path / "tiny.yaml"))
+        command = [sys.executable, "-P", __file__, str(run), config, *words]
+        subprocess.run(command, check=True, timeout=300)
 
-    def train() -> None:
-        if stage < 3:
-            train_tiny(run, *words)
-        else:  # in a process of its own: ZeRO-3 exchanges torch's linear layers for its own, for good
-            command = [sys.executable, "-P", "-m", "training", "train", config, f"output={run}", *words]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
 
-    train()
+def train_and_resume(train: Trainer, run: Path, words: list[str]) -> None:
+    """Train to the end, take the last two checkpoints away, train again: the same losses and weights."""
+    train(run, *words)
     expected = [line["loss"] for line in read_lines(Store(str(run)))]
     weights = torch.load(run / "checkpoints/step-00000009/weights.pt", weights_only=True)
     (run / RESULT_FILE).unlink()
     for step in (6, 9):
         (run / f"checkpoints/step-{step:08}.json").unlink()
-    train()
+    train(run, *words)
     assert [line["loss"] for line in read_lines(Store(str(run)))] == expected
     again = torch.load(run / "checkpoints/step-00000009/weights.pt", weights_only=True)
     assert all(torch.equal(again[name], value) for name, value in weights.items())
@@ -136,3 +170,12 @@ def test_weights_are_whole_and_fp32(run: Path) -> None:
     weights = torch.load(run / "checkpoints/step-00000009/weights.pt", weights_only=True)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
     assert weights["towers.log_scale"].shape == ()
+
+
+if __name__ == "__main__":
+    with single_group():
+        train_and_resume(
+            lambda run, *words: run_train(parse(TrainConfig, [*words, f"output={run}"])),
+            Path(sys.argv[1]),
+            sys.argv[2:],
+        )

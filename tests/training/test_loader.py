@@ -129,17 +129,13 @@ def test_conditions_on_every_kind_of_value(condition: str, rows: list[int]) -> N
     assert matching_rows(table, parse_conditions([condition], columns, "select")).tolist() == rows
 
 
-@pytest.mark.parametrize("condition", ["nothing=1", "several=1", "flag<true", "several<1"])
+@pytest.mark.parametrize("condition", ["nothing=1", "several=1", "several<1"])
 def test_column_that_cannot_be_compared_is_refused(condition: str) -> None:
-    table = pa.table({"nothing": pa.nulls(2), "several": [[1], [2]], "flag": [True, False]})
+    table = pa.table({"nothing": pa.nulls(2), "several": [[1], [2]]})
     columns = {field.name: str(field.type) for field in table.schema}
     conditions = parse_conditions([condition], columns, "select")
-    try:
-        rows = matching_rows(table, conditions)
-    except RequestError as error:
-        assert "cannot be compared" in str(error) or "not comparable" in str(error)
-    else:
-        assert rows.tolist() == ([] if condition == "nothing=1" else [1])
+    with pytest.raises(RequestError, match="not comparable with '1'"):
+        matching_rows(table, conditions)
 
 
 def test_dataset_on_another_store_reads_the_same(dataset: Path) -> None:

@@ -108,6 +108,7 @@ def test_stopped_and_killed_run_on_ray_ends_with_the_same_losses(
     assert process.returncode == 0, err
     assert losses_of(run) == undisturbed
     assert len(losses_of(run, rank=1)) == NUM_STEPS
+    assert [line.partition(":")[0] for line in out.splitlines()] == ["train clip", "run", "next"]
     assert f"run: {run}" in out
     assert "resumed at step" in err
     assert f"step {NUM_STEPS}/{NUM_STEPS}" in err
@@ -128,6 +129,16 @@ def test_killed_rank_of_torchrun_fails_and_the_same_command_goes_on(
     assert again.returncode == 0, err
     assert losses_of(run) == undisturbed
     assert f"run: {run}" in out
+
+
+def test_refusal_under_torchrun_is_said_once(
+    start: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path
+) -> None:
+    (tmp_path / "letter.txt").write_text("not a run")
+    process = start(TORCHRUN, config, f"output={tmp_path}")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.count("holds files that belong to no pairmill run (letter.txt") == 1
 
 
 def test_sigterm_checkpoints_exits_130_and_says_how_to_go_on(

@@ -15,6 +15,7 @@ from cluster.store import Store
 from training import launch, trainer
 from training.checkpoint import newest_valid
 from training.command import RESULT_FILE, TrainResult
+from training.data.dataset import Dataset
 from training.metrics import read_lines
 
 Trainer = Callable[..., TrainResult]
@@ -109,6 +110,36 @@ def test_same_command_on_a_finished_run_does_nothing(train_tiny: Trainer, finish
 def test_other_settings_on_the_same_output_are_refused(train_tiny: Trainer, finished_run: Path) -> None:
     with pytest.raises(RequestError, match=r"optim\.lr: the run has 0\.002, this request has 0\.1"):
         train_tiny(finished_run, "optim.lr=0.1")
+
+
+def test_dataset_that_changed_since_the_run_began_is_refused(
+    train_tiny: Trainer, make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = [f"data.dataset={make_dataset('data')}", "train.num_steps=2", "optim.warmup_steps=0"]
+    train_tiny(tmp_path / "run", *words)
+    other = make_dataset("other", num_samples=97)
+    shutil.rmtree(tmp_path / "data")
+    other.rename(tmp_path / "data")
+    for result in (True, False):  # finished or not
+        with pytest.raises(RequestError, match="changed since this run began"):
+            train_tiny(tmp_path / "run", *words)
+        if result:
+            (tmp_path / "run" / RESULT_FILE).unlink()
+
+
+def test_person_is_told_which_images_were_replaced(
+    train_tiny: Trainer, make_dataset: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_dataset()
+    sample = Dataset(str(data)).sample(5)
+    with open(data / "shards/00000.tar", "r+b") as tar:
+        tar.seek(sample.image_offset)
+        tar.write(bytes(sample.image_size))
+    train_tiny(tmp_path / "run", f"data.dataset={data}")
+    assert "images that cannot be decoded, replaced by the next ones: 1 (shards/00000.tar 000000005; " in (
+        capsys.readouterr().err
+    )
+    assert list(json.loads((tmp_path / "run/metrics/bad-images.json").read_text())) == ["shards/00000.tar 000000005"]
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(
