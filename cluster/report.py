@@ -10,9 +10,11 @@ import base64
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,13 @@ class Section:
     title: str
     html: str
 
-    @property
-    def anchor(self) -> str:
-        """The section's name in the page's address."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Sections of one run under its name; no name: sections that stand alone. `parts`: (anchor, title, html)."""
+
+    name: str
+    parts: tuple[tuple[str, str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,29 @@ class Card:
 
 
 def render_page(title: str, sections: Sequence[Section], lead: str = "") -> str:
-    """The whole page as HTML text: styles and pictures are inside, nothing is loaded from elsewhere."""
+    """The whole page as HTML text: styles and pictures are inside, nothing is loaded from elsewhere.
+
+    Neighbours titled "run: first", "run: second" stand under one heading, "run".
+    """
     css = Markup((TEMPLATES / "page.css").read_text(encoding="utf-8"))
-    return environment(TEMPLATES).get_template("page.html").render(title=title, sections=sections, lead=lead, css=css)
+    template = environment(TEMPLATES).get_template("page.html")
+    return template.render(title=title, groups=group_by_run(sections), lead=lead, css=css)
+
+
+def group_by_run(sections: Sequence[Section]) -> list[Group]:
+    """Sections in order, neighbours with the same words before ": " in one group, under anchors that occur once."""
+    groups, taken = [], Counter[str]()
+    for run, found in groupby(sections, key=_run_of):
+        members = list(found)
+        name = run if len(members) > 1 else ""
+        parts = []
+        for section in members:
+            anchor = re.sub(r"\W+", "-", section.title.lower()).strip("-") or "section"
+            taken[anchor] += 1
+            unique = anchor if taken[anchor] == 1 else f"{anchor}-{taken[anchor]}"
+            parts.append((unique, section.title.removeprefix(f"{name}: ") if name else section.title, section.html))
+        groups.append(Group(name=name, parts=tuple(parts)))
+    return groups
 
 
 def sections_json(sections: Sequence[Section]) -> bytes:
@@ -74,6 +99,11 @@ def sections_json(sections: Sequence[Section]) -> bytes:
 def read_sections(data: bytes) -> list[Section]:
     """What `sections_json` wrote."""
     return [Section(title=str(plain["title"]), html=str(plain["html"])) for plain in json.loads(data)]
+
+
+def _run_of(section: Section) -> str:
+    run, colon, _ = section.title.partition(": ")
+    return run if colon else ""
 
 
 @cache
