@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -182,14 +183,18 @@ def _tables(store: Store) -> Iterator[_Table]:
     """The rows of every fetch unit, in the dataset's order."""
     journal = Journal(store)
     fetched, recorded = journal.markers("fetch"), journal.markers("record")
+    planned = journal.markers("plan-order")
+    if not planned:  # a copy of a dataset without its journal, or a build that has only begun
+        for entry in store.find("record"):
+            yield _Table(stage="record", unit=PurePosixPath(entry.path).stem, path=entry.path)
     for unit, marker in fetched.items():
         if unit in recorded:
             yield _Table(stage="record", unit=unit, path=recorded[unit].path_of("record.parquet"))
         else:
             yield _Table(stage="fetch", unit=unit, path=marker.path_of("rows.parquet"))
-    for planned, marker in journal.markers("plan-order").items():
+    for name, marker in planned.items():
         for group in range(marker.counts["units"]):
-            unit = f"{planned}-{group:05}"
+            unit = f"{name}-{group:05}"
             if unit not in fetched:
                 path = marker.path_of("rows.parquet")
                 yield _Table(stage="plan-order", unit=unit, path=path, row_group=group)

@@ -22,6 +22,7 @@ from cluster.store import Store
 from pipeline.manifest import FileInfo, Manifest, Shard, read_manifest
 
 CHUNK_BYTES = 8 * 2**20
+_CHECKED = ["key", "image_format", "image_offset", "image_size", "width", "height"]
 
 
 class VerifyConfig(Config):
@@ -78,7 +79,12 @@ def remedy(store: Store, damages: Sequence[Damage]) -> str:
     """What to do about damages, for people."""
     markers = sorted({damage.marker for damage in damages if damage.marker})
     lines = []
-    if markers:
+    if markers and not store.find("work/fetch"):
+        lines.append(
+            "work/ was removed, so nothing can be made again from it: put back copies of the damaged files, or "
+            "build into a new output"
+        )
+    elif markers:
         remove = " ".join(store.url_of(path) for path in ("manifest.json", *markers))
         lines.append(
             f"remove these objects, then run the same build command, which makes the damaged files again from the "
@@ -159,7 +165,7 @@ def _sample_problems(store: Store, shard: Shard, decode: int | None) -> Iterator
     """(file, problem) for samples that are not where the parquet says, or do not decode."""
     try:
         with store.open(shard.parquet.path) as file:
-            table = pq.read_table(file)
+            table = pq.read_table(file, columns=_CHECKED)
     except (OSError, pa.ArrowException) as error:
         yield shard.parquet.path, f"not readable as parquet: {error}"
         return
@@ -172,7 +178,7 @@ def _sample_problems(store: Store, shard: Shard, decode: int | None) -> Iterator
     except (OSError, tarfile.TarError) as error:
         yield shard.tar.path, f"not readable as tar: {error}"
         return
-    rows = table.select(["key", "image_format", "image_offset", "image_size", "width", "height"]).to_pylist()
+    rows = table.to_pylist()
     if len(members) != 3 * len(rows):
         yield shard.tar.path, f"has {len(members):,} members, should have {3 * len(rows):,}"
     for row in rows:

@@ -102,6 +102,19 @@ def test_a_build_that_stopped_tells_what_it_knows(
     assert "waits for its download" in tell(capsys, folder, f"{site.url}/image/n9")
 
 
+def test_a_finished_build_is_told_of_without_its_work_and_its_journal(
+    dataset: Path, site: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset, folder)
+    for name in ("work", "journal"):
+        shutil.rmtree(folder / name)
+        assert "kept: shards/0000" in tell(capsys, folder, f"{site.url}/image/n9")
+        assert "curate.min_side_px: 12, dropped" in tell(capsys, folder, f"{site.url}/small/small").replace(
+            " (keeps at least 16)", ""
+        )
+
+
 def test_what_holds_no_build_is_a_bad_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", str(tmp_path), "http://x/y"]) == 2
     assert "holds no pairmill run" in capsys.readouterr().err

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster.report import Section, figure_html, new_figure, read_sections, render_page, sections_json, table_html
+from cluster.report import (
+    Section,
+    figure_html,
+    group_by_run,
+    new_figure,
+    read_sections,
+    render_page,
+    sections_json,
+    table_html,
+)
 from cluster.store import Store
 from pipeline.__main__ import main
 from pipeline.manifest import read_manifest
@@ -76,13 +85,18 @@ def test_dropped_pairs_are_shown_with_pictures_where_there_are_any(dataset: Path
     assert "curate.min_side_px: 12, limit 16" in groups["image_too_small"]
 
 
-def test_the_report_is_written_again_without_the_downloads(dataset: Path, tmp_path: Path) -> None:
+def test_the_report_is_written_again_without_the_downloads(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(dataset, folder)
     shutil.rmtree(folder / "work")
     shutil.rmtree(folder / "report")
     assert main(["report", str(folder)]) == 0
     assert "27" in (folder / "report/index.html").read_text()
+    shutil.rmtree(folder / "journal")
+    assert main(["report", str(folder)]) == 2
+    assert "journal/record/ is not there" in capsys.readouterr().err
 
 
 def test_sections_are_left_for_joined_pages(dataset: Path) -> None:
@@ -95,6 +109,27 @@ def test_large_datasets_are_sampled_by_whole_units(dataset: Path) -> None:
     sampled = sample_rows(Store(str(dataset)), max_rows=8)
     assert sampled.rows.num_rows == 14
     assert not sampled.is_all
+
+
+def test_sections_of_a_run_stand_under_its_name_with_a_link_each() -> None:
+    titles = ["Compared: e", "data: Totals", "data: Größe", "clip: Curves", "clip: Evaluation: x", "clip: Curves", "!"]
+    page = render_page("joined", [Section(title=title, html="<p>text</p>") for title in titles])
+    assert re.findall(r'<h2 class="run">(.*?)</h2>', page) == ["data", "clip"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        *("Compared: e", "Totals", "Größe", "Curves", "Evaluation: x", "Curves", "!"),
+    ]
+    anchors = re.findall(r'<section id="(.*?)">', page)
+    assert re.findall(r'<a href="#(.*?)">', page) == anchors
+    assert len(set(anchors)) == len(titles)
+    assert Page(page).open == []
+
+
+def test_sections_of_one_report_are_not_grouped() -> None:
+    assert [group.name for group in group_by_run([Section(title=title, html="") for title in ("a", "b", "c: d")])] == [
+        "",
+        "",
+    ]
+    assert "<nav" not in render_page("one", [Section(title="a", html="")])
 
 
 def test_what_users_wrote_cannot_become_markup() -> None:

@@ -62,6 +62,18 @@ def test_damage_is_named_and_the_advice_repairs_it(
         assert (copy / file).read_bytes() == (dataset / file).read_bytes()
 
 
+def test_without_work_nobody_is_told_to_remove_what_cannot_be_made_again(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copy / "work")
+    assert main(["verify", str(copy)]) == 0
+    (copy / "shards/00001.tar").unlink()
+    assert main(["verify", str(copy)]) == 1
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "put back copies of the damaged files, or build into a new output" in last
+    assert "remove these" not in last
+
+
 def test_a_shard_that_the_manifest_does_not_know_is_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(copy / "shards/00000.tar", copy / "shards/00003.tar")
     assert main(["verify", str(copy)]) == 1
