@@ -1,5 +1,6 @@
 """`pairmill build`: URL lists to a dataset, one stage after the other. Running it again goes on where it stopped."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +56,8 @@ def _already_done(config: BuildConfig) -> int:
     except RequestError:  # the lists may be gone by now
         read = None
     if read:
-        read.refuse_changed(run.journal)
+        with contextlib.suppress(FileNotFoundError):  # work/ may be removed: then names and sizes have to do
+            read.refuse_changed(run.journal)
     manifest = read_manifest(config.output)[1]
     if not run.store.exists(REPORT_FILE):
         write_report(run.store)

@@ -186,6 +186,8 @@ def thumbnail(store: Store, sampled: Sampled, uid: str) -> str:
         data = store.read_range(*place)
     except FileNotFoundError:  # the downloaded images of a finished build may be removed
         return ""
+    if not data:
+        return ""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
         return ""

@@ -115,6 +115,18 @@ def test_a_finished_build_does_not_need_its_lists_but_refuses_changed_ones(
     assert "already done" in capsys.readouterr().out
 
 
+def test_a_finished_build_does_not_need_its_work(
+    dataset: Path, words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(dataset, folder)
+    shutil.rmtree(folder / "work")
+    shutil.rmtree(folder / "report")
+    assert main(["build", *words(folder)]) == 0
+    assert "already done" in capsys.readouterr().out
+    assert published(folder) == published(dataset)
+
+
 def test_a_stopped_build_goes_on_without_fetching_again(dataset: Path, site: Any, words: Any, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(dataset, folder)

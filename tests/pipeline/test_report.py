@@ -90,6 +90,9 @@ def test_the_report_is_written_again_without_the_downloads(
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(dataset, folder)
+    for path in (folder / "work").rglob("images.tar"):
+        path.write_bytes(b"")
+    assert main(["report", str(folder)]) == 0
     shutil.rmtree(folder / "work")
     shutil.rmtree(folder / "report")
     assert main(["report", str(folder)]) == 0
