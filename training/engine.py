@@ -7,6 +7,7 @@ bf16 autocast. (A bf16 engine would keep the learnable temperature in bf16, and 
 import logging
 import math
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Engine:
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)  # DeepSpeed's calls
         # Its shared-memory collectives for CPUs are compiled at first use, which takes a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed cannot broadcast tensors without dimensions; they live as [1] inside the engine.
