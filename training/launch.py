@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -35,6 +36,7 @@ FAILURE_FILE = "failure.json"
 STOP_GRACE_S = 9.0
 MAX_ERROR_LENGTH = 300
 _POLL_INTERVAL_S = 0.5
+_PEER_LOST = re.compile(r"(closed|reset) by peer|Broken pipe|remote process exited")  # gloo; gloo; NCCL
 
 
 def started_by_torchrun() -> bool:
@@ -54,7 +56,14 @@ def run_torchrun_rank(request: RankRequest, display: TrainDisplay) -> Outcome:
     with _stop_on_signals() as stop:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         rank = _this_rank(request.plan, max(1, (os.cpu_count() or 1) // ranks_here))
-        return train(request, rank, stop=stop, watch=display.show)
+        try:
+            return train(request, rank, stop=stop, watch=display.show)
+        except RuntimeError as error:
+            if _PEER_LOST.search(str(error)):
+                raise RunError(
+                    f"rank {rank.index}: another rank has ended, and says why; run the same command again"
+                ) from error
+            raise
 
 
 def init_torchrun_group() -> None:

@@ -131,6 +131,18 @@ def test_killed_rank_of_torchrun_fails_and_the_same_command_goes_on(
     assert f"run: {run}" in out
 
 
+def test_rank_that_fails_under_torchrun_ends_all_with_one_reason(
+    start: Callable[..., subprocess.Popen[str]], config: str, make_dataset: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = make_dataset("lacking")
+    (data / "shards/00001.tar").unlink()
+    process = start(TORCHRUN, config, f"data.dataset={data}", f"output={tmp_path / 'run'}", *WORDS)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "shards/00001.tar: this shard is missing" in err
+    assert "training/__main__.py" not in err, "a traceback of ours"
+
+
 def test_refusal_under_torchrun_is_said_once(
     start: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path
 ) -> None:
