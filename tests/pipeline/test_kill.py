@@ -155,7 +155,7 @@ def test_interrupted_build_exits_130_and_resumes(dataset: Path, words: Any, tmp_
     wait_until(lambda: num_fetched(folder) >= 1, build)
     build.send_signal(signal.SIGINT)
     _, error = build.communicate(timeout=30)
-    assert build.returncode == 130
+    assert build.returncode == 130, error.decode()
     assert "interrupted; run the same command to go on" in error.decode()
     assert "Traceback" not in error.decode()
     slow.delay_s = 0.0
