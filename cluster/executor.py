@@ -13,12 +13,14 @@ from typing import Any, Protocol
 import ray
 
 from cluster.errors import PairmillError, RunError
+from cluster.interrupt import raise_if_interrupted
 from cluster.journal import Journal, Marker, UnitOutput
 from cluster.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 MAX_RETRIES_AFTER_CRASH = 5
+INTERRUPT_CHECK_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,8 @@ class RayExecutor:
             while waiting or in_flight:
                 while waiting and len(in_flight) < _slots(num_cpus):
                     in_flight.append(remote.remote(waiting.pop()))
-                ready, in_flight = ray.wait(in_flight, num_returns=1)
+                ready, in_flight = ray.wait(in_flight, num_returns=1, timeout=INTERRUPT_CHECK_S)
+                raise_if_interrupted()
                 for reference in ready:
                     yield _result(reference)
         finally:
@@ -129,6 +132,7 @@ def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Prog
             raise marker
         markers[marker.unit] = marker
         progress.advance(marker)
+        raise_if_interrupted()
     if missing:
         journal.sweep(stage.name)
     progress.finish()

@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 from cluster.config import Config, key
@@ -123,12 +122,3 @@ def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
         for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
-
-
-def interrupt_on_sigterm() -> None:
-    """Make SIGTERM (a job being stopped) end a command the way Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)

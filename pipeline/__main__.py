@@ -10,7 +10,7 @@ from typing import Any
 from cluster.cli import run_reporting_errors
 from cluster.config import Config, help_text, parse
 from cluster.errors import EXIT_DONE, RequestError
-from cluster.session import interrupt_on_sigterm
+from cluster.interrupt import catch_interrupts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"usage: python -m pipeline {'|'.join(COMMANDS)} ...", file=sys.stderr)
         return RequestError.exit_status
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    interrupt_on_sigterm()
+    catch_interrupts()
     return run_reporting_errors(f"pairmill {name}", lambda: _run(name, COMMANDS[name], words))
 
 

@@ -27,7 +27,9 @@ class EventLoop:
         self._multi.add_handle(curl)
 
     def remove(self, curl: pycurl.Curl) -> None:
-        self._multi.remove_handle(curl)
+        """Take a handle out; one that was never added (an interrupt came in between) is fine."""
+        with contextlib.suppress(pycurl.error):
+            self._multi.remove_handle(curl)
 
     def step(self, timeout_s: float) -> Iterator[tuple[pycurl.Curl, int, str]]:
         """Wait for sockets or the timer, act, and yield (handle, error number, message) of those that ended."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from cluster.cli import run_reporting_errors
 from cluster.config import help_text, parse
 from cluster.errors import EXIT_DONE, RequestError
-from cluster.session import interrupt_on_sigterm
+from cluster.interrupt import catch_interrupts
 
 USAGE = """usage: pairmill {train,eval} [CONFIG.yaml ...] [key=value ...]
        pairmill report RUN
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return EXIT_DONE if words else RequestError.exit_status
     command, rest = words[0], words[1:]
-    interrupt_on_sigterm()
+    catch_interrupts()
     return run_reporting_errors(f"pairmill {command}", lambda: _run(command, rest))
 
 

@@ -1,5 +1,6 @@
 """Every unit ends with one marker, whatever fails on the way, and a resumed stage runs only what is missing."""
 
+import contextlib
 import io
 import os
 import signal
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from cluster.errors import RequestError, RunError
 from cluster.executor import Executor, InlineExecutor, Unit, run_stage
+from cluster.interrupt import catch_interrupts
 from cluster.journal import Journal, UnitOutput
 from cluster.progress import Progress
 from cluster.session import RayConfig, ray_session
@@ -141,6 +143,26 @@ def test_a_request_error_inside_a_unit_keeps_its_class(tmp_path: Path) -> None:
 
     with pytest.raises(RequestError, match="column url is missing"):
         run(Refusing(tmp_path / "log"), Journal(Store(str(tmp_path / "run"))))
+
+
+def test_a_signal_whose_exception_a_c_library_swallowed_still_ends_the_stage(tmp_path: Path) -> None:
+    class Swallowing(Squares):
+        def run(self, unit: Unit, output: UnitOutput) -> None:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            super().run(unit, output)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    journal = Journal(Store(str(tmp_path / "run")))
+    catch_interrupts()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(Swallowing(tmp_path / "log"), journal)
+    finally:
+        catch_interrupts()  # forget the signal
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert list(journal.markers("squares")) == ["00000"], "what was done is kept, and no more was begun"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ COMMAND = """
 import sys, time
 from pathlib import Path
 from cluster.cli import run_reporting_errors
-from cluster.session import RayConfig, interrupt_on_sigterm, ray_session
+from cluster.interrupt import catch_interrupts
+from cluster.session import RayConfig, ray_session
 
 def wait(path):
     Path(path).touch()
@@ -27,7 +28,7 @@ def command():
             pass
     return 0
 
-interrupt_on_sigterm()
+catch_interrupts()
 sys.exit(run_reporting_errors("test", command))
 """
 
