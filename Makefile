@@ -19,7 +19,7 @@ check: .venv/.installed  ## lint, formatting, types, import directions, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/codespell
+	$(BIN)/codespell cluster pipeline training tests docs README.md CHANGELOG.md Makefile pyproject.toml
 
 clean:  ## remove the virtual environment and the demo's output
 	rm -rf .venv build *.egg-info $(DEMO_OUT)

@@ -52,8 +52,8 @@ def start_ray(config: RayConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    require_reachable(config)
     address = _address(config)
-    _refuse_silent(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quiet: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -99,8 +99,12 @@ def _loopback_only() -> Iterator[None]:
             os.environ[name] = kept
 
 
-def _refuse_silent(address: str) -> None:
-    """Refuse an address at which nothing listens: `ray.init` would try it for many minutes."""
+def require_reachable(config: RayConfig) -> None:
+    """Raise RequestError if nothing listens at the cluster's address: `ray.init` would try it for many minutes.
+
+    Commands ask before they write anything.
+    """
+    address = _address(config)
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         try:

@@ -10,7 +10,7 @@ from cluster.executor import Executor, run_stage
 from cluster.journal import Marker
 from cluster.progress import Progress
 from cluster.run import Run, open_run
-from cluster.session import ray_session
+from cluster.session import ray_session, require_reachable
 from cluster.store import Store
 from pipeline.config import BuildConfig
 from pipeline.decide import DecideStage
@@ -32,6 +32,7 @@ def build_command(config: BuildConfig) -> int:
     if _is_finished(config.output):
         return _already_done(config)
     read = ReadStage.of(config)  # looks at the lists: nothing is written when one is missing or unreadable
+    require_reachable(config.ray)
     run = open_run(config.output, "build", config)
     read.refuse_changed(run.journal)
     with ray_session(config.ray) as executor, Progress(title=f"build {run.store.url}") as progress:
