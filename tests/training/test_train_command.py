@@ -17,8 +17,8 @@ from training.checkpoint import newest_valid
 from training.metrics import read_lines
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m"]
-NUM_STEPS, KILL_AFTER = 50, 14
-WORDS = [f"train.num_steps={NUM_STEPS}", "checkpoint.every_steps=10", "optim.lr=5e-4", "train.num_ranks=2"]
+NUM_STEPS, KILL_AFTER = 300, 34
+WORDS = [f"train.num_steps={NUM_STEPS}", "checkpoint.every_steps=25", "optim.lr=5e-4", "train.num_ranks=2"]
 
 
 @pytest.fixture(scope="module")
