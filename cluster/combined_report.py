@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 REPORT_OWNERS = {"build": "pipeline", "train": "training", "eval": "training"}
 SECTIONS_FILE = "report/sections.json"
+PIXELS_NOTE = (
+    "<p>zeroshot.pixels is no model: it names the nearest of the reference pictures by 16×16 pixels, knowing their "
+    "labels. Zero-shot models see neither a label nor a picture of the evaluated kind.</p>"
+)
 HELP = """usage: pairmill report RUN [RUN ...] [output=PAGE.html] [title=TEXT]
 
 Writes RUN/report/index.html for each run (a dataset, a training run, an evaluation). With output= the sections of
@@ -78,6 +82,7 @@ def compare_evaluations(folders: Sequence[str]) -> list["Section"]:
                 for measure in first["scores"]
                 if measure != "zeroshot.chance"
             ]
-            table = table_html(["measure", *runs, "chance"], rows, caption=f"evaluation {name}")
-            sections.append(Section(title=f"Compared: {name}", html=table))
+            table = table_html(["measure", *runs, "chance"], rows)
+            note = PIXELS_NOTE if "zeroshot.pixels" in first["scores"] else ""
+            sections.append(Section(title=f"Compared: {name}", html=table + note))
     return sections
