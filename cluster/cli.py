@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from cluster.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, PairmillError, RequestError
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, PairmillError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,3 @@ def _dispatch(command: str, words: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-__all__ = ["EXIT_BAD_REQUEST", "main", "module_command", "run_reporting_errors"]

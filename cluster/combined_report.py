@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from cluster.report import Section
 
 REPORT_OWNERS = {"build": "pipeline", "train": "training", "eval": "training"}
-SECTIONS_FILE = "report/sections.json"
 PIXELS_NOTE = (
     "<p>zeroshot.pixels is no model: it names the nearest of the reference pictures by 16×16 pixels, knowing their "
     "labels. Zero-shot models see neither a label nor a picture of the evaluated kind.</p>"
@@ -51,7 +50,7 @@ def report_command(words: Sequence[str]) -> int:
 
 def write_joined(folders: Sequence[str], page: Path, title: str) -> None:
     """One self-contained HTML page: runs evaluated alike side by side, then the sections of each run's report."""
-    from cluster.report import Section, read_sections, render_page
+    from cluster.report import SECTIONS_FILE, Section, read_sections, render_page
 
     sections = compare_evaluations(folders)
     for folder in folders:

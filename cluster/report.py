@@ -25,6 +25,8 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+SECTIONS_FILE = "report/sections.json"
+"""Where a run's report leaves its sections, in the run's folder, for pages that join several."""
 TEMPLATES = Path(__file__).parent / "templates"
 PALETTE = ("#3b82c4", "#e08a3c", "#4fa36b", "#c4567a", "#8a6fc0", "#a3873b", "#4aa3a3", "#8b8f98")
 # Drawn in this colour, then turned into the page's own text colour, so that figures suit light and dark.

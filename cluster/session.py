@@ -66,11 +66,7 @@ def start_ray(config: RayConfig) -> None:
             else:
                 ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(
-            f"ray.address={address}: no Ray cluster answers there ({first_line}); "
-            "start one with `ray start --head`, or leave ray.address empty for a local one"
-        ) from None
+        raise _no_cluster(address, (str(error).strip() or type(error).__name__).splitlines()[0]) from None
     except SystemExit as stop:  # of the handler that Ray has for SIGTERM while it starts
         raise KeyboardInterrupt from stop
     finally:
@@ -110,10 +106,14 @@ def require_reachable(config: RayConfig) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
         except OSError as error:
-            raise RequestError(
-                f"ray.address={address}: no Ray cluster answers there ({error.strerror or error}); "
-                "start one with `ray start --head`, or leave ray.address empty for a local one"
-            ) from None
+            raise _no_cluster(address, error.strerror or str(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> RequestError:
+    return RequestError(
+        f"ray.address={address}: no Ray cluster answers there ({reason}); "
+        "start one with `ray start --head`, or leave ray.address empty for a local one"
+    )
 
 
 def _address(config: RayConfig) -> str:

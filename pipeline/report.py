@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from cluster.config import REQUIRED, Config, flatten, key
 from cluster.errors import EXIT_DONE
 from cluster.journal import Journal
-from cluster.report import Card, Section, cards_html, environment, render_page, sections_json, table_html
+from cluster.report import SECTIONS_FILE, Card, Section, cards_html, environment, render_page, sections_json, table_html
 from cluster.run import read_run
 from cluster.store import Store
 from pipeline.config import BuildConfig
@@ -32,7 +32,6 @@ from pipeline.report_figures import histograms_html
 from pipeline.timings import images_per_s, read_timings
 
 REPORT_FILE = "report/index.html"
-SECTIONS_FILE = "report/sections.json"
 NUM_KEPT_SHOWN = 32
 NUM_DROPPED_SHOWN = 6
 MAX_CAPTION_CHARS = 160

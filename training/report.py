@@ -9,6 +9,7 @@ from markupsafe import Markup
 from cluster.config import flatten, validate
 from cluster.errors import RequestError
 from cluster.report import (
+    SECTIONS_FILE,
     Card,
     Section,
     cards_html,
@@ -25,7 +26,7 @@ from training.display import clock
 from training.evaluate.command import EVAL_FILE, EXAMPLES_FILE
 from training.metrics import read_lines, read_progress
 
-PAGE_FILE, SECTIONS_FILE = "report/index.html", "report/sections.json"
+PAGE_FILE = "report/index.html"
 
 
 def write_report(url: str) -> str:

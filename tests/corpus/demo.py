@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+from corpus import HELD_OUT_STYLE
 from lists import write_list
 from server import start_server
 
 HERE = Path(__file__).parent
-HELD_OUT = "fluent-emoji"
 METHODS = ("clip", "rils")
 
 
@@ -40,9 +40,9 @@ def main() -> int:
         pairmill("build", HERE / "demo_build.yaml", f"input={out / 'urls.parquet'}", f"output={out / 'data'}")
     pairmill("verify", out / "data")
     for number, method in enumerate(METHODS, start=2):
-        say(f"{number}. Train {method.upper()} on every drawing style but {HELD_OUT}, then evaluate it on that one")
+        say(f"{number}. Train {method.upper()} on every drawing style but one, evaluate it on that: {HELD_OUT_STYLE}")
         steps = [f"train.num_steps={options.steps}", "optim.warmup_steps=1"] if options.steps else []
-        data = [f"data.dataset={out / 'data'}", f"data.select=style!={HELD_OUT}"]
+        data = [f"data.dataset={out / 'data'}", f"data.select=style!={HELD_OUT_STYLE}"]
         pairmill("train", recipe(method), *data, *steps, f"output={out / method}")
         pairmill("eval", HERE / "demo_eval.yaml", f"checkpoint={out / method}")
     say("4. One page about all of it")
