@@ -57,12 +57,19 @@ def training_view(
     crop_scale: least and most share of the area. flip: mirror half of the pictures. stream: other views of the same
     sample use other names.
     """
-    box_B4 = random_boxes(seed, sample_ids_B, epoch_B, crop_scale=crop_scale, stream=stream)
-    if flip:
-        mirrored_B = random.uniform(seed, sample_ids_B, epoch_B, f"{stream}/flip", 1)[:, 0] < 0.5
-        swapped_B4 = box_B4[:, [0, 3, 2, 1]]
-        box_B4 = torch.where(mirrored_B[:, None], swapped_B4, box_B4)
+    box_B4 = view_boxes(seed, sample_ids_B, epoch_B, crop_scale=crop_scale, flip=flip, stream=stream)
     return normalise(resample(images_BHWC, box_B4, side))
+
+
+def view_boxes(
+    seed: int, sample_ids_B: Tensor, epoch_B: Tensor, *, crop_scale: tuple[float, float], flip: bool, stream: str
+) -> Tensor:
+    """Return [B, 4], the geometry of `training_view`: as `random_boxes`, right and left swapped where it mirrors."""
+    box_B4 = random_boxes(seed, sample_ids_B, epoch_B, crop_scale=crop_scale, stream=stream)
+    if not flip:
+        return box_B4
+    mirrored_B = random.uniform(seed, sample_ids_B, epoch_B, f"{stream}/flip", 1)[:, 0] < 0.5
+    return torch.where(mirrored_B[:, None], box_B4[:, [0, 3, 2, 1]], box_B4)
 
 
 def random_boxes(
