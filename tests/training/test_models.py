@@ -163,7 +163,7 @@ def test_pooling_is_what_its_name_says() -> None:
 
 def test_the_decoder_puts_visible_patches_back_in_their_places() -> None:
     torch.manual_seed(0)
-    decoder = PatchDecoder(vision().shape, depth=1, grid=4)
+    decoder = PatchDecoder(16, Shape(width=16, depth=1, heads=2, mlp_width=64), grid=4, out_width=16)
     visible, keep = torch.randn(1, 3, 16), torch.tensor([[1, 4, 10]])
     seen: list[Tensor] = []
     decoder.blocks.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))

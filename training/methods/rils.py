@@ -3,6 +3,7 @@
 Legend: B batch, C colours, S side, N patches, V visible, M masked, D encoder width, E width of the shared space.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -43,7 +44,8 @@ class Rils(Clip):
         super().__init__(config, model, tokenizer)
         self.rils = config
         self.num_patches = model.vision.num_patches
-        self.decoder = PatchDecoder(model.vision.shape, depth=config.decoder_depth, grid=self.towers.image.grid)
+        shape = replace(model.vision.shape, depth=config.decoder_depth)
+        self.decoder = PatchDecoder(shape.width, shape, grid=self.towers.image.grid, out_width=shape.width)
 
     def forward(self, batch: Batch) -> Output:
         """Return lambda_1 L_contra + lambda_2 L_recon (eq. 10)."""
