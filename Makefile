@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check bench-fetch clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -20,6 +20,9 @@ check: .venv/.installed  ## lint, formatting, types, import directions, spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell cluster pipeline training tests docs README.md CHANGELOG.md Makefile pyproject.toml
+
+bench-fetch: .venv/.installed  ## the fetch stage against img2dataset 1.47.0, in turns; needs ten minutes on two cores
+	$(BIN)/python tests/benchmarks/fetch.py
 
 clean:  ## remove the virtual environment and the demo's output
 	rm -rf .venv build *.egg-info $(DEMO_OUT)
