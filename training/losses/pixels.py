@@ -34,7 +34,7 @@ def normalised_patches(patches_BNK: Tensor) -> Tensor:
 
 
 def denormalised_patches(prediction_BNK: Tensor, patches_BNK: Tensor) -> Tensor:
-    """Return a prediction of normalised patches with the mean and variance of the true ones: for pictures to look at."""
+    """Return a prediction of normalised patches with the true ones' mean and variance: to look at."""
     x_BNK = patches_BNK.float()
     mean_BN1, variance_BN1 = x_BNK.mean(-1, keepdim=True), x_BNK.var(-1, keepdim=True)
     return prediction_BNK.float() * (variance_BN1 + _EPS).sqrt() + mean_BN1

@@ -47,13 +47,13 @@ class TextMask(NamedTuple):
 
 
 def random_mask(seed: int, sample_ids_B: Tensor, epoch_B: Tensor, *, num_patches: int, ratio: float) -> PatchMask:
-    """Leave exactly num_patches * (1 - ratio) patches of every sample, rounded down but at least 1; the rest is hidden."""
+    """Leave exactly num_patches * (1 - ratio) patches of every sample, rounded down but at least 1."""
     score_BN = random.bits(seed, sample_ids_B, epoch_B, "mask", num_patches)
     return _split(score_BN, num_visible_patches(num_patches, ratio))
 
 
 def similarity_mask(similarity_BN: Tensor, *, ratio: float, hide: Side) -> PatchMask:
-    """Hide as many patches as `random_mask`, those of the highest (or lowest) similarity. Of equals the first stays."""
+    """Hide as many patches as `random_mask`, those of highest (or lowest) similarity; of equals the first stays."""
     score_BN = similarity_BN.detach() if hide == "high" else -similarity_BN.detach()
     return _split(score_BN, num_visible_patches(similarity_BN.shape[1], ratio))
 
@@ -81,7 +81,7 @@ def random_text_mask(
 
 
 def similarity_text_mask(similarity_BL: Tensor, *, end_B: Tensor, ratio: float, hide: Side) -> TextMask:
-    """Hide as many words as `random_text_mask`, those of the highest (or lowest) similarity. Of equals the first stays."""
+    """Hide as many words as `random_text_mask`, those of highest (or lowest) similarity; of equals the first stays."""
     score_BL = similarity_BL.detach().double()
     return _split_text(score_BL if hide == "high" else -score_BL, end_B, ratio)
 

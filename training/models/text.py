@@ -28,9 +28,21 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Return one feature a caption, [B, D] (eq. 2 of RILS). What follows <end of text> has no influence."""
-        end_B = (ids_BL == self.end_of_text_id).int().argmax(dim=1)
-        keys_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) <= end_B[:, None]
-        x_BLD = self.tokens(ids_BL) + self.positions[: ids_BL.shape[1]]
-        x_BLD = self.blocks(x_BLD, causal=self.causal, keys_BL=None if self.causal else keys_BL)
-        feature_BD: Tensor = self.pooling(self.norm(x_BLD), keys_BL, end_B)
+        end_B, keys_BL = self.ends(ids_BL)
+        feature_BD: Tensor = self.pooling(self.encode(self.embed(ids_BL), keys_BL), keys_BL, end_B)
         return feature_BD
+
+    def ends(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where <end of text> stands, [B], and which tokens are the caption's, bool [B, L]: no padding."""
+        end_B = (ids_BL == self.end_of_text_id).int().argmax(dim=1)
+        return end_B, torch.arange(ids_BL.shape[1], device=ids_BL.device) <= end_B[:, None]
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """Return what the blocks are given, [B, L, D]: a token's vector and its place's."""
+        x_BLD: Tensor = self.tokens(ids_BL) + self.positions[: ids_BL.shape[1]]
+        return x_BLD
+
+    def encode(self, x_BLD: Tensor, keys_BL: Tensor) -> Tensor:
+        """Return the blocks' normalised output, [B, L, D]. keys_BL: True where a token may be seen, if bidirectional."""
+        y_BLD: Tensor = self.norm(self.blocks(x_BLD, causal=self.causal, keys_BL=None if self.causal else keys_BL))
+        return y_BLD

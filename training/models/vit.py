@@ -38,6 +38,10 @@ class VisionTransformer(nn.Module):
 
         keep_BV: indices of the patches to encode; the others are not seen at all. None encodes all of them.
         """
+        return self.encode(self.embed(pixels_BCSS, keep_BV))
+
+    def embed(self, pixels_BCSS: Tensor, keep_BV: Tensor | None = None) -> Tensor:
+        """Return what the blocks are given, [B, L, D]; see `forward`."""
         if keep_BV is not None and self.stem.looks_beyond_its_patch:
             pixels_BCSS = hide_patches(pixels_BCSS, keep_BV, self.grid)
         x_BLD = self.stem(pixels_BCSS.to(self.stem.dtype))
@@ -46,7 +50,12 @@ class VisionTransformer(nn.Module):
             x_BLD = take_tokens(x_BLD, keep_BV)
         if self.class_token is not None:
             x_BLD = torch.cat([self.class_token.to(x_BLD.dtype).expand(len(x_BLD), 1, -1), x_BLD], dim=1)
-        y_BLD: Tensor = self.norm(self.blocks(x_BLD))
+        embedded_BLD: Tensor = x_BLD
+        return embedded_BLD
+
+    def encode(self, x_BLD: Tensor, keys_BL: Tensor | None = None) -> Tensor:
+        """Return the blocks' normalised output, [B, L, D]. keys_BL: True where a token may be seen."""
+        y_BLD: Tensor = self.norm(self.blocks(x_BLD, keys_BL=keys_BL))
         return y_BLD
 
     def patches(self, tokens_BLD: Tensor) -> Tensor:
