@@ -43,6 +43,6 @@ class TextTransformer(nn.Module):
         return x_BLD
 
     def encode(self, x_BLD: Tensor, keys_BL: Tensor) -> Tensor:
-        """Return the blocks' normalised output, [B, L, D]. keys_BL: True where a token may be seen, if bidirectional."""
+        """Return the blocks' normalised output, [B, L, D]. keys_BL: True where a token may be seen (not if causal)."""
         y_BLD: Tensor = self.norm(self.blocks(x_BLD, causal=self.causal, keys_BL=None if self.causal else keys_BL))
         return y_BLD
