@@ -26,6 +26,13 @@ def normalise(pixels_BCSS: Tensor) -> Tensor:
     return (pixels_BCSS - mean_C11) / std_C11
 
 
+def denormalise(pixels_BCSS: Tensor) -> Tensor:
+    """Map normalised pixels back to [0, 255]: the inverse of `normalise`."""
+    mean_C11 = pixels_BCSS.new_tensor(MEAN_C)[:, None, None] * 255
+    std_C11 = pixels_BCSS.new_tensor(STD_C)[:, None, None] * 255
+    return pixels_BCSS * std_C11 + mean_C11
+
+
 @torch.no_grad()
 def evaluation_view(images_BHWC: Tensor, side: int) -> Tensor:
     """Return normalised float32 [B, C, S, S] of the largest centred square, antialiased when it is reduced."""
