@@ -40,9 +40,10 @@ def follow(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]], momentum: float) 
 
 def _part(parameter: Any, *, renew: bool = False) -> Tensor:
     """What this rank holds of a parameter. renew: forget a whole copy that ZeRO 3 has gathered, as it will change."""
-    if not hasattr(parameter, "ds_tensor"):
-        return parameter.data
-    if renew and parameter.ds_status.name == "AVAILABLE":
-        parameter.partition()
-    part: Tensor = parameter.ds_tensor.data
+    held = parameter
+    if hasattr(parameter, "ds_tensor"):
+        if renew and parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+        held = parameter.ds_tensor
+    part: Tensor = held.data
     return part
