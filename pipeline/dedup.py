@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.executor import Unit
 from cluster.journal import UnitOutput
@@ -56,6 +57,39 @@ def partition_of(keys: Records, count: int) -> Records:
 
 def find_duplicates(keys: Records) -> tuple[Records, Records]:
     """(dropped keys, the key that represents each of them): the smallest uid of every hash is kept."""
+    places, first = _runs(keys)
+    lengths = np.diff(first, append=len(places))
+    hash_high, uid_high = keys["hash_high"][places], keys["uid_high"][places]
+    is_smallest = uid_high == np.repeat(_minimum(uid_high, first), lengths)
+    if (hash_high != np.repeat(hash_high[first], lengths)).any() or is_smallest.sum() != len(first):
+        return _find_by_sorting(keys[places])  # a run is of two hashes, or two uids begin alike
+    return keys[places[~is_smallest]], keys[np.repeat(places[is_smallest], lengths - 1)]
+
+
+def _runs(keys: Records) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(the places of keys whose hashes begin alike, run after run; where each run of two or more begins).
+
+    What is compared is the first bits of `hash_low`, as many as fit into a word beside a place. One sort of words is
+    ten times as fast as a sort of records.
+    """
+    place_bits = np.uint64(max(1, len(keys) - 1).bit_length())
+    words = (keys["hash_low"] >> place_bits << place_bits) | np.arange(len(keys), dtype=np.uint64)
+    words.sort()
+    hashes = words >> place_bits
+    like_next = np.append(hashes[1:] == hashes[:-1], np.zeros(min(1, len(keys)), bool))
+    like_previous = np.roll(like_next, 1)
+    is_shared = like_next | like_previous
+    places = (words[is_shared] & ((np.uint64(1) << place_bits) - np.uint64(1))).astype(np.int64)
+    return places, np.flatnonzero(~like_previous[is_shared])
+
+
+def _minimum(values: NDArray[np.uint64], first: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The smallest value of each run."""
+    return np.minimum.reduceat(values, first) if len(first) else values
+
+
+def _find_by_sorting(keys: Records) -> tuple[Records, Records]:
+    """`find_duplicates` for any keys, at the price of a sort of records."""
     keys = _in_hash_order(keys)
     same = (keys["hash_high"][1:] == keys["hash_high"][:-1]) & (keys["hash_low"][1:] == keys["hash_low"][:-1])
     is_first = np.concatenate([np.ones(min(1, len(keys)), bool), ~same])
