@@ -85,3 +85,21 @@ def test_no_captions_are_no_rows() -> None:
 def test_a_context_without_room_for_the_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         Tokenizer(context_length=1)
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer(context_length=12), compact()], ids=["full", "compact"])
+def test_ids_can_be_read_again(tokenizer: Tokenizer) -> None:
+    for caption, row in zip(CAPTIONS, tokenizer(CAPTIONS), strict=True):
+        assert tokenizer.decode(row.tolist()).replace(" ", "") == caption.replace(" ", "")
+    assert tokenizer.decode(tokenizer([""])[0].tolist()) == ""
+
+
+def test_an_unknown_word_is_read_as_a_question_mark() -> None:
+    tokenizer = compact()
+    assert tokenizer.decode(tokenizer(["a zebra"])[0].tolist()).startswith("a ?")
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer(context_length=5), compact(5)], ids=["full", "compact"])
+def test_captions_that_do_not_fit_are_told_from_those_that_just_do(tokenizer: Tokenizer) -> None:
+    assert tokenizer.is_cut(["cat cat cat", "cat cat cat cat", "", "cat " * 50]).tolist() == [False, True, False, True]
+    assert tokenizer.is_cut([]).shape == (0,)

@@ -74,6 +74,34 @@ class Tokenizer:
         compact_BL[ended_BL & (ids_BL != self._end_id)] = PADDING_ID
         return torch.from_numpy(compact_BL)
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of one row of ids up to its <end of text>; an unknown word is `?`.
+
+        Spaces stand where the encoding knows of them, so punctuation is set apart.
+        """
+        whole: list[int] = []
+        for token in ids:
+            if token == self.end_of_text_id:
+                break
+            whole.extend(self._full_ids(token))
+        text: str = _byte_pair_encoder().decode(whole)
+        return text.strip()
+
+    def _full_ids(self, token: int) -> list[int]:
+        """The token in the full vocabulary, none for start and padding."""
+        if self.kept_ids is None:
+            return [] if token == self._start_id else [token]  # padding's 0 is `!` where it stands before the end
+        if token >= _COMPACT_FIRST:
+            return [self.kept_ids[token - _COMPACT_FIRST]]
+        return list(_byte_pair_encoder().encode("?")) if token == _COMPACT_UNKNOWN else []
+
+    def is_cut(self, captions: Sequence[str]) -> Tensor:
+        """Return bool [B]: which captions are too long for the context, and lose their last tokens."""
+        if not captions:
+            return torch.zeros(0, dtype=torch.bool)
+        longer_BL = _byte_pair_encoder().tokenize_batch(list(captions), context_length=self.context_length + 1)
+        return torch.from_numpy(longer_BL[:, self.context_length] == self._end_id)
+
     def to_json(self) -> str:
         """Serialise; `from_json` gives an equal tokenizer."""
         return json.dumps({"encoding": "clip_bpe", "context_length": self.context_length, "kept_ids": self.kept_ids})
