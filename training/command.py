@@ -14,7 +14,7 @@ from cluster.run import open_run, require_run
 from cluster.store import Store
 from training import launch
 from training.checkpoint import TOKENIZER_FILE, published
-from training.config import TrainConfig, TrainPlan, plan_training
+from training.config import TrainConfig, TrainPlan, check_parts, plan_training
 from training.data.dataset import Dataset, caption_text
 from training.data.tokenizer import Tokenizer
 from training.display import TrainDisplay
@@ -88,7 +88,7 @@ def _run_under_torchrun(plan: TrainPlan, dataset: Dataset) -> TrainResult:
         num_ranks, first = dist.get_world_size(), dist.get_rank() == 0
         if plan.config.train.num_ranks not in (None, num_ranks):
             raise RequestError(f"train.num_ranks={plan.config.train.num_ranks}: torchrun started {num_ranks} processes")
-        launch.check_ranks(plan, num_ranks)
+        check_parts(plan.config, num_ranks)
         with contextlib.ExitStack() as stack:
             request = _told_by_first(lambda: stack.enter_context(prepared(plan, dataset, num_ranks)))
             display = stack.enter_context(_display(plan, quiet=not first))

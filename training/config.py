@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,19 +12,18 @@ from cluster.config import REQUIRED, Config, StringList, key
 from cluster.errors import RequestError
 from cluster.session import RayConfig
 from training.data.dataset import Dataset
+from training.data.sources import Mixture, SourceConfig, check_labels, check_sources, classes_of, open_sources
 from training.methods import METHODS, ClipConfig, MethodConfig, ModelConfig, RilsConfig
 
 MAX_DEFAULT_WARMUP_STEPS = 2_000
 
 
-class DataConfig(Config):
+class DataConfig(SourceConfig):
     """What is read, and how."""
 
-    dataset: str = key(REQUIRED, "folder or URL of a finished dataset (the output of pairmill build)")
-    select: StringList = key(
-        [], "conditions that all samples must meet, on the shards' columns: style!=a|b, group=animals, width>=64"
+    extra: list[SourceConfig] = key(
+        [], "more datasets that share every batch: a list of groups of the keys above, such as [{dataset: other}]"
     )
-    caption_column: str = key("caption", "column that the captions are taken from")
     image_size: int | None = key(
         None, "side of the squares that pictures are decoded to; null: model.vision.image_size", unit="px", ge=8
     )
@@ -39,6 +39,11 @@ class DataConfig(Config):
         ge=0,
     )
 
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """Everything that is read, the main dataset first."""
+        return [self, *self.extra]
+
 
 class LoopConfig(Config):
     """How much is trained, in which arithmetic, spread over how many processes."""
@@ -47,6 +52,12 @@ class LoopConfig(Config):
     num_epochs: float = key(30.0, "passes over the samples", unit="epochs", gt=0)
     num_steps: int | None = key(None, "steps instead of num_epochs", unit="steps", ge=1)
     precision: Literal["bf16", "fp32"] = key("bf16", "arithmetic; weights and optimizer are fp32 with both")
+    accumulation: int = key(
+        1, "parts of a rank's share of the batch, one in memory at a time; the gradient is that of the whole", ge=1
+    )
+    activation_checkpointing: bool = key(
+        False, "compute the blocks' activations again in the backward pass instead of keeping them"
+    )
     zero_stage: Literal[0, 1, 2, 3] = key(2, "DeepSpeed ZeRO stage: what is split over the ranks")
     num_ranks: int | None = key(
         None, "training processes; null: one a GPU of the cluster, else 1", affects_result=False, ge=1
@@ -164,6 +175,8 @@ class TrainPlan:
     num_samples: int
     num_steps: int
     warmup_steps: int
+    classes: tuple[str, ...] = ()
+    """Names of the classes that the samples' labels are numbers of."""
 
     @property
     def epochs(self) -> float:
@@ -171,23 +184,56 @@ class TrainPlan:
         return self.num_steps * self.config.train.batch_size / self.num_samples
 
 
-def plan_training(config: TrainConfig) -> tuple[TrainPlan, Dataset]:
-    """Check a configuration against its dataset. Raises RequestError; nothing is written."""
-    dataset = Dataset(config.data.dataset, select=config.data.select, caption_column=config.data.caption_column)
-    batch_size, num_samples = config.train.batch_size, len(dataset)
+def plan_training(config: TrainConfig) -> tuple[TrainPlan, Dataset | Mixture]:
+    """Check a configuration against its data. Raises RequestError; nothing is written."""
+    sources = config.data.sources
+    samples = open_sources(sources)
+    batch_size, num_samples = config.train.batch_size, len(samples)
+    check_sources(sources, samples, batch_size)
     if num_samples < batch_size:
-        selected = f" pass data.select={config.data.select}" if config.data.select else ""
-        raise RequestError(
-            f"train.batch_size={batch_size}: only {num_samples:,} of {dataset.manifest.num_samples:,} samples in "
-            f"{dataset.url}{selected}; make the batch smaller or select more"
-        )
+        raise RequestError(f"train.batch_size={batch_size}: {_few(samples, config)}; make it smaller or select more")
+    classes = classes_of(sources)
+    check_labels(sources, classes)
     num_steps = config.train.num_steps or max(1, math.floor(config.train.num_epochs * num_samples / batch_size))
     warmup_steps = config.optim.warmup_steps
     if warmup_steps is None:
         warmup_steps = min(MAX_DEFAULT_WARMUP_STEPS, num_steps // 10)
+    check_parts(config, config.train.num_ranks or 1, classes)
     if warmup_steps > num_steps:
         raise RequestError(f"optim.warmup_steps={warmup_steps}: the run has {num_steps} steps")
-    # The absolute place, so that the run can be resumed from another working directory.
-    data = config.data.model_copy(update={"dataset": dataset.url})
-    resolved = config.model_copy(update={"data": data})
-    return TrainPlan(config=resolved, num_samples=num_samples, num_steps=num_steps, warmup_steps=warmup_steps), dataset
+    plan = TrainPlan(
+        config=config.model_copy(update={"data": _with_absolute_places(config.data, samples)}),
+        num_samples=num_samples,
+        num_steps=num_steps,
+        warmup_steps=warmup_steps,
+        classes=classes,
+    )
+    return plan, samples
+
+
+def _few(samples: Dataset | Mixture, config: TrainConfig) -> str:
+    if isinstance(samples, Mixture):
+        return f"only {len(samples):,} samples in {samples.url}"
+    selected = f" pass data.select={config.data.select}" if config.data.select else ""
+    return f"only {len(samples):,} of {samples.manifest.num_samples:,} samples in {samples.url}{selected}"
+
+
+def _with_absolute_places(data: DataConfig, samples: Dataset | Mixture) -> DataConfig:
+    """The same with the datasets' whole URLs, so that the run can be resumed from another working directory."""
+    first, *others = samples.datasets if isinstance(samples, Mixture) else (samples,)
+    extra = [source.model_copy(update={"dataset": other.url}) for source, other in zip(data.extra, others, strict=True)]
+    return data.model_copy(update={"dataset": first.url, "extra": extra})
+
+
+def check_parts(config: TrainConfig, num_ranks: int, classes: Sequence[str] = ()) -> None:
+    """Raise RequestError unless the batch can be split over ranks and parts, and the method can work on a part."""
+    loop = config.train
+    if loop.batch_size % num_ranks:
+        raise RequestError(f"train.batch_size={loop.batch_size} is no multiple of the {num_ranks} ranks")
+    part_size, rest = divmod(loop.batch_size // num_ranks, loop.accumulation)
+    if rest:
+        raise RequestError(
+            f"train.accumulation={loop.accumulation}: a rank's {loop.batch_size // num_ranks} samples of a step cannot "
+            "be cut into that many equal parts"
+        )
+    METHODS[config.method].check(config.method_config, config.model, part_size=part_size, has_labels=bool(classes))

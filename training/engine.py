@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import RunError
+from training.accumulation import accumulate
 from training.config import OptimConfig, TrainConfig
-from training.methods import Batch, Method, Output
+from training.methods import Batch, Method, Output, Shown
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,12 @@ class Engine:
         for name in self._scalars:
             parameter = method.get_parameter(name)
             parameter.data = parameter.data.reshape(1)
+        for module in method.modules():
+            if hasattr(module, "activation_checkpointing"):
+                setattr(module, "activation_checkpointing", config.train.activation_checkpointing)  # noqa: B010
         optimizer = adamw(method, config.optim, fused=device.type == "cuda")
         self.zero_stage = config.train.zero_stage
-        self.grad_clip = config.optim.grad_clip
+        self.accumulation = config.train.accumulation
         self.deepspeed: Any
         self.deepspeed, *_ = deepspeed.initialize(
             model=method.to(device), optimizer=optimizer, config=deepspeed_config(config, num_ranks)
@@ -54,20 +58,26 @@ class Engine:
         """Optimizer steps applied so far."""
         return int(self.deepspeed.global_steps)
 
-    def forward(self, batch: Batch) -> Output:
-        """The loss of a batch."""
-        output = self.deepspeed(batch)
-        assert isinstance(output, Output)
-        return output
+    def gradients(self, batch: Batch, num_steps: int) -> Output:
+        """Compute a step's losses and leave its gradient on the parameters, in `train.accumulation` parts.
 
-    def update(self, loss: Tensor, learning_rate: float) -> float:
-        """Backward pass and optimizer step; returns the gradient's norm before clipping.
+        num_steps: of the whole run.
+        """
+        self.deepspeed.module.before_step(batch.step, num_steps)
+        if self.accumulation == 1:
+            output = self.deepspeed(batch)
+            assert isinstance(output, Output)
+            self.deepspeed.backward(output.loss)
+            return output
+        return accumulate(self.deepspeed.module, batch, self.accumulation, self.deepspeed, self._backward)
+
+    def update(self, learning_rate: float) -> float:
+        """Apply the gradient; returns its norm before clipping.
 
         Raises RunError, with the weights as they were, when the gradient is not finite on some rank.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.deepspeed.backward(loss)
         norm = self._norm_without_zero() if self.zero_stage == 0 else math.nan
         if self.zero_stage == 0 and not math.isfinite(norm):
             raise RunError("the gradient is not finite")
@@ -77,6 +87,17 @@ class Engine:
                 raise RunError("the gradient is not finite")
             norm = float(self.deepspeed.get_global_grad_norm())
         return norm
+
+    def show(self, batch: Batch) -> Shown | None:
+        """What the method has to look at of a small batch."""
+        with torch.no_grad():
+            shown: Shown | None = self.deepspeed(batch, self.deepspeed.module.show)
+        return shown
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """DeepSpeed counts one micro-batch a step: parts and divisors are accumulation.py's business, not its own."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(loss)
 
     def full_weights(self) -> dict[str, Tensor]:
         """The method's state, whole and fp32, on the CPU: on rank 0, and empty elsewhere."""
@@ -124,8 +145,10 @@ def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": config.train.zero_stage,
-            # Buckets overlap with the backward pass on GPUs; on gloo this only adds copies.
-            "overlap_comm": torch.cuda.is_available(),
+            # Buckets overlap with the backward pass on GPUs; on gloo this only adds copies. Overlapping ZeRO-1 reduces
+            # only what the last backward pass of a step touches, which is not everything when a step has several.
+            "overlap_comm": torch.cuda.is_available()
+            and not (config.train.zero_stage == 1 and config.train.accumulation > 1),
             "contiguous_gradients": True,
             "reduce_bucket_size": 50_000_000,
         },

@@ -25,7 +25,7 @@ from cluster.config import validate
 from cluster.errors import PairmillError, RequestError, RunError
 from cluster.session import RayConfig, start_ray
 from cluster.store import Store
-from training.config import TrainConfig, TrainPlan
+from training.config import TrainConfig, TrainPlan, check_parts
 from training.display import TrainDisplay
 from training.metrics import STOP_FILE, read_progress
 from training.trainer import Outcome, Rank, RankRequest, train
@@ -109,18 +109,11 @@ def ranks_on_ray(plan: TrainPlan) -> int:
     """The number of ranks on the connected cluster. Raises RequestError when it cannot hold them."""
     num_gpus, wanted = _num_gpus(), plan.config.train.num_ranks
     num_ranks = wanted or max(1, num_gpus)
-    check_ranks(plan, num_ranks)
+    check_parts(plan.config, num_ranks)
     if num_gpus and num_ranks > num_gpus:
         raise RequestError(f"train.num_ranks={num_ranks}: the cluster has {num_gpus} GPUs")
     _cpus_per_rank(num_ranks)
     return num_ranks
-
-
-def check_ranks(plan: TrainPlan, num_ranks: int) -> None:
-    """Raise RequestError unless the batch can be split evenly."""
-    batch_size = plan.config.train.batch_size
-    if batch_size % num_ranks:
-        raise RequestError(f"train.batch_size={batch_size} is no multiple of the {num_ranks} ranks")
 
 
 def rank_main(settings: dict[str, Any]) -> Outcome:

@@ -69,7 +69,7 @@ def train(
 ) -> Outcome:
     """Train from the newest valid checkpoint to the end, or until some rank's `stop` says so.
 
-    Needs an initialised process group. Every step: loss, agreement that it is finite, backward pass, update. A loss
+    Needs an initialised process group. Every step: loss and gradient, agreement that they are finite, update. A loss
     or gradient that is not finite raises RunError on every rank and leaves weights and checkpoints as they were.
     """
     plan, config = request.plan, request.plan.config
@@ -96,12 +96,12 @@ def train(
             step = host_batch.step
             meter.num_replaced += host_batch.num_replaced
             batch = to_device(host_batch, config.seed, rank.device)
-            output = engine.forward(batch)
+            output = engine.gradients(batch, plan.num_steps)
             verdict = agree(output.loss, stop() or beacon.stop_requested)
             if not verdict.finite:
                 raise not_finite("loss", host_batch, output, store)
             try:
-                norm = engine.update(output.loss, learning_rate(plan, step))
+                norm = engine.update(learning_rate(plan, step))
             except RunError:
                 raise not_finite("gradient", host_batch, output, store) from None
             if (step + 1) % config.log.every_steps == 0 or step + 1 == plan.num_steps:

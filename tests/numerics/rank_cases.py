@@ -18,7 +18,7 @@ from torch import distributed as dist
 from training.data.tokenizer import Tokenizer
 from training.losses.distributed import Gathered, LossSum, gather, normalise, rank, world_size
 from training.methods import METHODS, Batch, Method, ModelConfig, build_method
-from training.methods import clip as clip_module
+from training.methods import rils as rils_module
 
 GLOBAL_BATCH = 6
 CAPTIONS = ["a red cat", "two dogs", "a green house in the sun", "cat", "", "a moon"]
@@ -99,13 +99,13 @@ def rils_with_set_c_empty_on_the_last_rank() -> dict[str, Tensor]:
     def first_half(image_BE: Tensor, texts: Gathered) -> Tensor:
         return torch.arange(GLOBAL_BATCH)[own_rows()] < GLOBAL_BATCH // 2
 
-    with mock.patch.object(clip_module, "matched", first_half):
+    with mock.patch.object(rils_module, "matched", first_half):
         return step_of(build("rils", reconstruction_weight={"value": 2.0}))
 
 
 def rils_with_set_c_empty_everywhere() -> dict[str, Tensor]:
     with mock.patch.object(
-        clip_module, "matched", lambda image_BE, texts: torch.zeros(len(image_BE), dtype=torch.bool)
+        rils_module, "matched", lambda image_BE, texts: torch.zeros(len(image_BE), dtype=torch.bool)
     ):
         return step_of(build("rils", reconstruction_weight={"value": 2.0}))
 

@@ -82,9 +82,13 @@ def normalise(losses: Mapping[str, LossSum]) -> dict[str, NormalisedLoss]:
     local = torch.stack([x.detach().double() for loss in losses.values() for x in (loss.sum, loss.count)])
     result = {}
     for (name, loss), (total, count) in zip(losses.items(), all_reduce_sum(local).view(-1, 2), strict=True):
-        divisor = count.clamp(min=1).to(loss.sum.dtype)
-        result[name] = NormalisedLoss(loss.sum * (world_size() / divisor), (total / count.clamp(min=1)).float())
+        result[name] = NormalisedLoss(divide(loss, count), (total / count.clamp(min=1)).float())
     return result
+
+
+def divide(loss: LossSum, count: Tensor) -> Tensor:
+    """Return the loss to back-propagate: W * (this rank's sum) / (count of all ranks)."""
+    return loss.sum * (world_size() / count.clamp(min=1).to(loss.sum.dtype))
 
 
 class _GatherWithGradient(torch.autograd.Function):

@@ -1,7 +1,9 @@
 """One file a paper; each turns a batch into named losses, and reads like its paper."""
 
+from collections.abc import Sequence
+
 from training.data.tokenizer import Tokenizer
-from training.methods.base import Batch, Method, MethodConfig, Output
+from training.methods.base import Batch, Embedded, Method, MethodConfig, Output, Shown, Sums
 from training.methods.clip import Clip, ClipConfig
 from training.methods.rils import Rils, RilsConfig
 from training.models.config import ModelConfig
@@ -13,16 +15,24 @@ __all__ = [
     "METHODS",
     "Batch",
     "ClipConfig",
+    "Embedded",
     "Method",
     "MethodConfig",
     "ModelConfig",
     "Output",
     "RilsConfig",
+    "Shown",
+    "Sums",
     "Tokenizer",
     "build_method",
 ]
 
 
-def build_method(name: str, config: MethodConfig, model: ModelConfig, tokenizer: Tokenizer) -> Method:
-    """Build a method with fresh weights, drawn from torch's default generator: seed it first, alike on every rank."""
-    return METHODS[name](config, model, tokenizer)
+def build_method(
+    name: str, config: MethodConfig, model: ModelConfig, tokenizer: Tokenizer, classes: Sequence[str] = ()
+) -> Method:
+    """Build a method with fresh weights, drawn from torch's default generator: seed it first, alike on every rank.
+
+    classes: names of the data's categories.
+    """
+    return METHODS[name].build(config, model, tokenizer, classes)

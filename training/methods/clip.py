@@ -1,10 +1,9 @@
 """CLIP (Radford et al. 2021): align pictures with their captions among all pairs of the global batch.
 
-Legend: B batch, L tokens, D encoder width, E width of the shared space, G pairs of all ranks.
+Legend: B batch, L tokens, D encoder width, E width of the shared space.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 from cluster.config import key
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import evaluation_view, training_view
-from training.losses.distributed import Gathered, LossSum, Scope, all_reduce_sum, gather, normalise, world_size
+from training.losses.distributed import Gathered, LossSum, Scope
 from training.losses.info_nce import info_nce, matched
 from training.losses.similarity import scale, unit
-from training.methods.base import Batch, Method, MethodConfig, Output, combine
+from training.methods.base import Batch, Embedded, Method, MethodConfig, Sums, mean_of
 from training.models.config import ModelConfig
 from training.models.towers import Towers
 
@@ -25,20 +24,7 @@ class ClipConfig(MethodConfig):
     """Keys of the contrastive loss."""
 
     scope: Scope = key("global", "pairs to contrast with: of all ranks (global) or of each rank alone (local)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aligned:
-    """The contrastive half of a forward pass, with what other objectives build on."""
-
-    contrastive: LossSum
-    tokens: Tensor
-    """[B, L, D]: the encoded pictures."""
-    texts: Gathered
-    """L2-normalised text embeddings of the global batch."""
-    matched: Tensor
-    """bool [B]: the set C."""
-    metrics: dict[str, Tensor]
+    local_steps: int = key(0, "first steps with scope local, whatever comes after", unit="steps", ge=0)
 
 
 class Clip(Method):
@@ -54,11 +40,48 @@ class Clip(Method):
         self.image_size = model.vision.image_size
         self.towers = Towers(model, vocabulary_size=tokenizer.vocabulary_size, end_of_text_id=tokenizer.end_of_text_id)
 
-    def forward(self, batch: Batch) -> Output:
+    def embed(self, batch: Batch) -> Embedded:
+        """Return normalised embeddings `image` and `text`, [B, E]."""
+        return Embedded(shared=self.share(self.towers.image(self.view(batch)), batch.captions))
+
+    def losses(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> Sums:
         """Return the contrastive loss."""
-        aligned = self.align(self.view(batch), batch.captions)
-        losses = normalise({"contrastive": aligned.contrastive})
-        return combine(losses, {"contrastive": 1.0}, aligned.metrics)
+        found_B = matched(own.shared["image"], everyone["text"])
+        return Sums(losses={"contrastive": self.contrast(own, everyone)}, metrics=self.metrics(found_B))
+
+    def counts(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> dict[str, Tensor]:
+        """One term a pair."""
+        return {"contrastive": torch.full((), len(batch.captions), device=batch.images.device)}
+
+    def weights(self, step: int) -> dict[str, float]:
+        """One loss, weight 1."""
+        return {"contrastive": 1.0}
+
+    def scope(self, step: int) -> Scope:
+        """Local for the first `local_steps`, then as configured."""
+        return "local" if step < self.config.local_steps else self.config.scope
+
+    def share(self, tokens_BLD: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return what meets the other pairs: pooled, projected, normalised (RILS eq. 1, 2, 4)."""
+        ids_BL = self._ids(captions, tokens_BLD.device)
+        return {
+            "image": unit(self.towers.embed_pooled(tokens_BLD)),
+            "text": unit(self.towers.embed_text(ids_BL)),
+        }
+
+    def contrast(self, own: Embedded, everyone: Mapping[str, Gathered]) -> LossSum:
+        """Contrast both sides (RILS eq. 5, 6)."""
+        return info_nce(
+            own.shared["image"],
+            own.shared["text"],
+            everyone["image"],
+            everyone["text"],
+            scale(self.towers.log_scale),
+        )
+
+    def metrics(self, matched_B: Tensor) -> dict[str, LossSum]:
+        """The temperature, and the share of pictures whose nearest text of all that meet is their own."""
+        return {"logit_scale": mean_of(scale(self.towers.log_scale)), "batch_accuracy": mean_of(matched_B)}
 
     def view(self, batch: Batch) -> Tensor:
         """Return the batch's random crops, [B, C, S, S]."""
@@ -70,26 +93,6 @@ class Clip(Method):
             seed=batch.seed,
             sample_ids_B=batch.sample_ids,
             epoch_B=batch.epoch,
-        )
-
-    def align(self, pixels_BCSS: Tensor, captions: Sequence[str]) -> Aligned:
-        """Encode both sides and contrast them (RILS eq. 1, 2, 4, 5, 6)."""
-        tokens_BLD = self.towers.image(pixels_BCSS)
-        image_BE = unit(self.towers.embed_pooled(tokens_BLD))
-        text_BE = unit(self.towers.embed_text(self._ids(captions, pixels_BCSS.device)))
-        images, texts = gather(image_BE, self.config.scope), gather(text_BE, self.config.scope)
-        temperature = scale(self.towers.log_scale)
-        matched_B = matched(image_BE, texts)
-        metrics = {
-            "logit_scale": temperature,
-            "batch_accuracy": all_reduce_sum(matched_B.float().mean()) / world_size(),
-        }
-        return Aligned(
-            contrastive=info_nce(image_BE, text_BE, images, texts, temperature),
-            tokens=tokens_BLD,
-            texts=texts,
-            matched=matched_B,
-            metrics=metrics,
         )
 
     def encode_image(self, images_BHWC: Tensor) -> Tensor:

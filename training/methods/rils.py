@@ -3,22 +3,25 @@
 Legend: B batch, C colours, S side, N patches, V visible, M masked, D encoder width, E width of the shared space.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from cluster.config import key
 from training.data.tokenizer import Tokenizer
-from training.losses.distributed import LossSum, normalise
+from training.losses.distributed import Gathered, LossSum
+from training.losses.info_nce import matched
 from training.losses.language_reconstruction import language_reconstruction
 from training.losses.similarity import unit
-from training.methods.base import Batch, MethodConfig, Output, combine
-from training.methods.clip import Aligned, Clip, ClipConfig
+from training.methods.base import Batch, Embedded, MethodConfig, Sums
+from training.methods.clip import Clip, ClipConfig
 from training.models.blocks import take_tokens
 from training.models.config import ModelConfig
 from training.models.decoder import PatchDecoder
-from training.models.masking import random_mask
+from training.models.masking import num_visible, random_mask
 from training.schedule import Schedule
 
 
@@ -47,34 +50,53 @@ class Rils(Clip):
         shape = replace(model.vision.shape, depth=config.decoder_depth)
         self.decoder = PatchDecoder(shape.width, shape, grid=self.towers.image.grid, out_width=shape.width)
 
-    def forward(self, batch: Batch) -> Output:
-        """Return lambda_1 L_contra + lambda_2 L_recon (eq. 10)."""
+    def embed(self, batch: Batch) -> Embedded:
+        """Return what CLIP shares; the pictures and their encoded patches are kept for the reconstruction."""
         pixels_BCSS = self.view(batch)
-        aligned = self.align(pixels_BCSS, batch.captions)
-        losses = normalise(
-            {"contrastive": aligned.contrastive, "reconstruction": self.reconstruct(pixels_BCSS, aligned, batch)}
+        tokens_BLD = self.towers.image(pixels_BCSS)
+        return Embedded(
+            shared=self.share(tokens_BLD, batch.captions), kept={"pixels": pixels_BCSS, "tokens": tokens_BLD}
         )
-        weights = {
-            "contrastive": self.rils.contrastive_weight.at(batch.step),
-            "reconstruction": self.rils.reconstruction_weight.at(batch.step),
-        }
-        return combine(losses, weights, aligned.metrics)
 
-    def reconstruct(self, pixels_BCSS: Tensor, aligned: Aligned, batch: Batch) -> LossSum:
+    def losses(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> Sums:
+        """Return L_contra and L_recon (eq. 5, 6, 9)."""
+        matched_B = matched(own.shared["image"], everyone["text"])
+        losses = {
+            "contrastive": self.contrast(own, everyone),
+            "reconstruction": self.reconstruct(batch, own, everyone["text"], self.counted(matched_B)),
+        }
+        return Sums(losses=losses, metrics=self.metrics(matched_B))
+
+    def counts(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> dict[str, Tensor]:
+        """One term a pair, and one a masked patch of the set C."""
+        counted_B = self.counted(matched(own.shared["image"], everyone["text"]))
+        num_masked = self.num_patches - num_visible(self.num_patches, self.rils.mask_ratio)
+        return {**super().counts(batch, own, everyone), "reconstruction": counted_B.sum() * num_masked}
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Return lambda_1 and lambda_2 of eq. 10."""
+        return {
+            "contrastive": self.rils.contrastive_weight.at(step),
+            "reconstruction": self.rils.reconstruction_weight.at(step),
+        }
+
+    def counted(self, matched_B: Tensor) -> Tensor:
+        """Return bool [B]: the set C, or everything."""
+        return matched_B if self.rils.use_set_c else torch.ones_like(matched_B)
+
+    def reconstruct(self, batch: Batch, own: Embedded, texts: Gathered, counted_B: Tensor) -> LossSum:
         """Decode the masked view and compare it with the whole one in the space of texts (eq. 1, 3, 7, 8, 9)."""
         keep_BV, masked_BM = random_mask(
             batch.seed, batch.sample_ids, batch.epoch, num_patches=self.num_patches, ratio=self.rils.mask_ratio
         )
-        image = self.towers.image
-        visible_BVD = image.patches(image(pixels_BCSS, keep_BV))
+        image, theta = self.towers.image, self.towers.image_projection
+        visible_BVD = image.patches(image(own.kept["pixels"], keep_BV))
         decoded_BMD = take_tokens(self.decoder(visible_BVD, keep_BV), masked_BM)
-        whole_BMD = take_tokens(image.patches(aligned.tokens).detach(), masked_BM)
-        theta = self.towers.image_projection
-        counted_B = aligned.matched if self.rils.use_set_c else aligned.matched.new_ones(len(keep_BV))
+        whole_BMD = take_tokens(image.patches(own.kept["tokens"]), masked_BM)
         return language_reconstruction(
             unit(theta(whole_BMD)),
             unit(theta(decoded_BMD)),
-            aligned.texts.features,
+            texts.features,
             counted_B,
             target_temperature=self.rils.target_temperature,
             prediction_temperature=self.rils.prediction_temperature,

@@ -49,23 +49,23 @@ class TextMask(NamedTuple):
 def random_mask(seed: int, sample_ids_B: Tensor, epoch_B: Tensor, *, num_patches: int, ratio: float) -> PatchMask:
     """Leave exactly num_patches * (1 - ratio) patches of every sample, rounded down but at least 1."""
     score_BN = random.bits(seed, sample_ids_B, epoch_B, "mask", num_patches)
-    return _split(score_BN, num_visible_patches(num_patches, ratio))
+    return _split(score_BN, num_visible(num_patches, ratio))
 
 
 def similarity_mask(similarity_BN: Tensor, *, ratio: float, hide: Side) -> PatchMask:
     """Hide as many patches as `random_mask`, those of highest (or lowest) similarity; of equals the first stays."""
     score_BN = similarity_BN.detach() if hide == "high" else -similarity_BN.detach()
-    return _split(score_BN, num_visible_patches(similarity_BN.shape[1], ratio))
+    return _split(score_BN, num_visible(similarity_BN.shape[1], ratio))
 
 
-def num_visible_patches(num_patches: int, ratio: float) -> int:
-    """Patches that a mask leaves."""
+def num_visible(num_patches: int, ratio: float) -> int:
+    """Return how many patches of a sample stay: num_patches * (1 - ratio), rounded down but at least 1."""
     return max(1, int(num_patches * (1 - ratio) + 1e-6))
 
 
-def _split(score_BN: Tensor, num_visible: int) -> PatchMask:
+def _split(score_BN: Tensor, visible: int) -> PatchMask:
     order_BN = score_BN.argsort(dim=1, stable=True)
-    return PatchMask(order_BN[:, :num_visible].sort(dim=1).values, order_BN[:, num_visible:].sort(dim=1).values)
+    return PatchMask(order_BN[:, :visible].sort(dim=1).values, order_BN[:, visible:].sort(dim=1).values)
 
 
 def random_text_mask(
@@ -94,8 +94,7 @@ def _split_text(score_BL: Tensor, end_B: Tensor, ratio: float) -> TextMask:
     score_BL = score_BL.masked_fill((place_L == 0) | (place_L == end_B1), -torch.inf)
     score_BL = score_BL.masked_fill(place_L > end_B1, torch.inf)
     order_BL = score_BL.argsort(dim=1, stable=True)
-    num_words_B1 = (end_B1 - 1).clamp(min=0)
-    num_seen_B1 = end_B1 + 1 - num_words_B1 + _num_visible_words(num_words_B1, ratio)
+    num_seen_B1 = end_B1 + 1 - num_hidden_words(end_B1, ratio)
     # The widths hold the longest caption that fits into the row: no look at the lengths, no wait for the device.
     most_words = max(0, length - 2)
     most_seen = min(length, 2 + int(_num_visible_words(torch.tensor(most_words), ratio)))
@@ -106,6 +105,12 @@ def _split_text(score_BL: Tensor, end_B: Tensor, ratio: float) -> TextMask:
     keep_BV, seen_BV = _ascending(order_BL, seen_BL, most_seen)
     masked_BM, counted_BM = _ascending(order_BL, counted_BL, most_masked)
     return TextMask(keep_BV, seen_BV, masked_BM, counted_BM)
+
+
+def num_hidden_words(end_B: Tensor, ratio: float) -> Tensor:
+    """Return [B]: how many words a mask hides, whichever they are. end_B: where <end of text> stands."""
+    num_words_B = (end_B - 1).clamp(min=0)
+    return num_words_B - _num_visible_words(num_words_B, ratio)
 
 
 def _num_visible_words(num_words: Tensor, ratio: float) -> Tensor:
