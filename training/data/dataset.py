@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from cluster.errors import RunError
 from pipeline.manifest import Shard, read_manifest
+from training.data.labels import NO_LABEL, label_ids, require_labels
+from training.data.order import Ints, batch_at
 from training.data.select import matching_rows, parse_conditions, require_column
 
 MAX_SHARDS_KEPT = 512
@@ -28,7 +30,7 @@ _INDEX_COLUMNS = ("key", "uid", "image_format", "image_offset", "image_size")
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Where one sample is, and its caption. `id` is the first 63 bits of its uid."""
+    """Where one sample is, its caption and category. `id` is the first 63 bits of its uid."""
 
     row: int
     shard: int
@@ -36,6 +38,9 @@ class Sample:
     uid: str
     id: int
     caption: str
+    """Empty if there is none."""
+    label: int
+    """Number of its class; NO_LABEL if there is none."""
     image_format: str
     image_offset: int
     image_size: int
@@ -49,7 +54,8 @@ class _Index:
     """key, uid, image_format."""
     places: NDArray[np.int64]
     """[rows, 2]: image_offset, image_size."""
-    captions: pa.Array
+    captions: pa.Array | None
+    labels: NDArray[np.int64] | None
 
 
 class Dataset:
@@ -61,9 +67,13 @@ class Dataset:
         *,
         select: Sequence[str] = (),
         caption_column: str = "caption",
+        label_column: str = "",
+        classes: Sequence[str] = (),
         select_key: str = "data.select",
     ) -> None:
         """Open a dataset folder or URL; select_key: what messages call `select`.
+
+        caption_column, label_column: empty for samples without. classes: the names that labels are numbers of.
 
         Raises RequestError if there is no dataset, it lacks a column that is used, or a condition does not fit one.
         """
@@ -71,7 +81,11 @@ class Dataset:
         self.url = self.store.url
         self._conditions = parse_conditions(select, self.manifest.columns, select_key)
         self._caption_column = caption_column
-        require_column(caption_column, self.manifest.columns, f"data.caption_column={caption_column}")
+        self._label_column, self._classes = label_column, tuple(classes)
+        if caption_column:
+            require_column(caption_column, self.manifest.columns, f"data.caption_column={caption_column}")
+        if label_column:
+            require_labels(label_column, self.manifest.columns, f"data.label_column={label_column}")
         self._rows_of_shard = [self._select(shard) for shard in self.manifest.shards]
         sizes = [shard.num_samples if rows is None else len(rows) for shard, rows in self._shards_and_rows()]
         self._first_row = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -101,11 +115,28 @@ class Dataset:
             key=key,
             uid=uid,
             id=sample_id(uid),
-            caption=caption_text(index.captions[place].as_py()),
+            caption="" if index.captions is None else caption_text(index.captions[place].as_py()),
+            label=NO_LABEL if index.labels is None else int(index.labels[place]),
             image_format=image_format,
             image_offset=image_offset,
             image_size=image_size,
         )
+
+    def batch_at(self, seed: int, step: int, batch_size: int) -> tuple[Ints, Ints]:
+        """(rows [B], epochs [B]) of the global batch of a step; see training/data/order.py."""
+        return batch_at(seed, step, batch_size, len(self))
+
+    def dataset_of(self, sample: Sample) -> "Dataset":
+        """The dataset that a sample lies in: this one."""
+        return self
+
+    def next_row(self, row: int) -> int:
+        """The row that stands in for a bad one."""
+        return (row + 1) % len(self)
+
+    def captions(self) -> list[str]:
+        """The caption of every selected row; none if there is no caption column."""
+        return [caption_text(value) for value in self.column(self._caption_column)] if self._caption_column else []
 
     def column(self, name: str) -> list[Any]:
         """One column of every selected row, in row order. Raises RequestError if the dataset does not have it."""
@@ -164,13 +195,15 @@ class Dataset:
 
     def _read_index(self, shard: int) -> _Index:
         rows = self._rows_of_shard[shard]
-        table = self._read(self.manifest.shards[shard], list(dict.fromkeys([*_INDEX_COLUMNS, self._caption_column])))
+        optional = [name for name in (self._caption_column, self._label_column) if name]
+        table = self._read(self.manifest.shards[shard], list(dict.fromkeys([*_INDEX_COLUMNS, *optional])))
         table = table if rows is None else table.take(pa.array(rows))
         columns = {name: pa.concat_arrays(table.column(name).chunks) for name in table.column_names}
         return _Index(
             texts=tuple(columns[name] for name in ("key", "uid", "image_format")),
             places=np.stack([columns[name].to_numpy() for name in ("image_offset", "image_size")], axis=1),
-            captions=columns[self._caption_column],
+            captions=columns[self._caption_column] if self._caption_column else None,
+            labels=label_ids(columns[self._label_column], self._classes) if self._label_column else None,
         )
 
     def _read(self, shard: Shard, columns: list[str]) -> pa.Table:

@@ -24,7 +24,8 @@ from torch import Tensor
 from cluster.errors import RunError
 from training.data.dataset import Dataset, Sample
 from training.data.image import BadImageError, Pixels, decode_square
-from training.data.order import batch_at, rank_slice
+from training.data.order import rank_slice
+from training.data.sources import Samples
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class HostBatch:
     uids: list[str]
     sample_ids: Tensor
     """int64 [B]."""
+    labels: Tensor
+    """int64 [B]: number of each sample's class, -1 where it has none."""
     epoch: Tensor
     """int64 [B]."""
     num_replaced: int
@@ -51,7 +54,7 @@ class HostBatch:
 class ImageReader:
     """Decoded squares by row, kept in memory while they fit."""
 
-    def __init__(self, dataset: Dataset, side: int, cache_bytes: int) -> None:
+    def __init__(self, dataset: Samples, side: int, cache_bytes: int) -> None:
         """side: of the squares, in pixels. cache_bytes: keep squares if those of the whole dataset fit into it."""
         self.dataset, self.side = dataset, side
         shape = (len(dataset), side, side, 3)
@@ -74,20 +77,24 @@ class ImageReader:
                 sample = self.dataset.sample(used)
                 into[:] = self._square(sample)
             except BadImageError as error:
-                logger.info("bad image shard=%s key=%s row=%d: %s", self._tar(sample), sample.key, used, error)
-                self.bad[f"{self._tar(sample)} {sample.key}"] = str(error)
-                used = (used + 1) % len(self.dataset)
+                tar, _ = self._where(sample)
+                logger.info("bad image shard=%s key=%s row=%d: %s", tar, sample.key, used, error)
+                self.bad[f"{tar} {sample.key}"] = str(error)
+                used = self.dataset.next_row(used)
                 continue
             if used != row:
                 self._standing_in[row] = used
             return sample, used != row
+        tar, dataset = self._where(sample)
         raise RunError(
-            f"{self.dataset.store.url_of(self._tar(sample))}: sample {sample.key} and {MAX_BAD_IN_A_ROW - 1} before it "
-            f"cannot be decoded; run `pairmill verify {self.dataset.url}`"
+            f"{dataset.store.url_of(tar)}: sample {sample.key} and {MAX_BAD_IN_A_ROW - 1} before it "
+            f"cannot be decoded; run `pairmill verify {dataset.url}`"
         )
 
-    def _tar(self, sample: Sample) -> str:
-        return self.dataset.manifest.shards[sample.shard].tar.path
+    def _where(self, sample: Sample) -> tuple[str, Dataset]:
+        """The tar that a sample lies in, relative to its dataset, and the dataset."""
+        dataset = self.dataset.dataset_of(sample)
+        return dataset.manifest.shards[sample.shard].tar.path, dataset
 
     def _square(self, sample: Sample) -> Pixels:
         if self._cache is not None and self._cached[sample.row]:
@@ -181,7 +188,7 @@ class Loader:
             self._ready.get_nowait()
 
     def _batch(self, step: int) -> HostBatch:
-        rows, epochs = batch_at(self._seed, step, self._batch_size, len(self.reader.dataset))
+        rows, epochs = self.reader.dataset.batch_at(self._seed, step, self._batch_size)
         rows_B, epochs_B = rows[self._part], epochs[self._part]
         side = self.reader.side
         images_BSS3 = torch.empty((len(rows_B), side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
@@ -193,6 +200,7 @@ class Loader:
             captions=[sample.caption for sample in samples],
             uids=[sample.uid for sample in samples],
             sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
             epoch=torch.from_numpy(epochs_B.copy()),
             num_replaced=sum(replaced for _, replaced in read),
         )
