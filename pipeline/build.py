@@ -110,7 +110,13 @@ class Build:
         dropped = num_dropped(self._store, duplicates)
         num_kept = [decided[unit.id].counts["kept"] - dropped[unit.index] for unit in units]
         shards = tuple(tuple(parts) for parts in cut_shards(units, num_kept, size))
-        pack = PackStage(store=self._store, shards=shards, duplicates=duplicates, samples_per_shard=size)
+        pack = PackStage(
+            store=self._store,
+            shards=shards,
+            duplicates=duplicates,
+            samples_per_shard=size,
+            columns=self._config.pack.columns,
+        )
         record = RecordStage(
             store=self._store,
             decided=units,

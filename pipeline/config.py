@@ -11,7 +11,14 @@ from cluster.session import RayConfig
 
 Resize = Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]
 ImageFormat = Literal["jpg", "png", "webp"]
+ColumnNames = Literal["pairmill", "img2dataset"]
+Engine = Literal["pairmill", "img2dataset"]
+RobotsPolicy = Literal["ignore", "obey"]
+TdmPolicy = Literal["ignore", "header", "file"]
 SourceFormat = Literal["auto", "parquet", "csv", "tsv", "json", "jsonl", "txt"]
+
+_CONTACT = r"https?://[!-'*-~]+|[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+"
+"""No parentheses: it goes into a comment of the User-Agent."""
 
 
 class ColumnsConfig(Config):
@@ -40,7 +47,23 @@ class FetchConfig(Config):
     """How images are downloaded. A task is one core's event loop."""
 
     connections: int = key(128, "transfers at once in a task", affects_result=False, ge=1, le=4_096)
-    connections_per_host: int = key(8, "transfers at once to one host in a task", affects_result=False, ge=1)
+    connections_per_host: int = key(
+        8, "transfers at once to one host, of all tasks of the build together", affects_result=False, ge=1
+    )
+    requests_per_s_per_host: float | None = key(
+        None,
+        "requests to one host, of all tasks together; null: as fast as it answers",
+        unit="1/s",
+        affects_result=False,
+        gt=0,
+    )
+    host_wait_s: float = key(
+        300.0,
+        "a host to which no request could begin for so long, because others have its slots, is given up for now",
+        unit="s",
+        affects_result=False,
+        gt=0,
+    )
     timeout_s: float = key(20.0, "longest time for one attempt", unit="s", affects_result=False, gt=0)
     connect_timeout_s: float = key(8.0, "longest time to connect", unit="s", affects_result=False, gt=0)
     min_speed: int = key(1_000, "slower than this for min_speed_s is a timeout", unit="B/s", affects_result=False, ge=0)
@@ -53,9 +76,22 @@ class FetchConfig(Config):
     )
     user_agent: str = key(
         "pairmill/0.1 (image-text dataset builder)",
-        "who we say we are; add a contact address",
+        "who we say we are; sites address us by its first word",
         affects_result=False,
         min_length=1,
+    )
+    contact: str | None = key(
+        None, "a URL or mail address that goes into the User-Agent, for sites that want to reach you", affects_result=False
+    )
+    robots: RobotsPolicy = key("ignore", "obey: ask every site's robots.txt first, and do what it says (RFC 9309)")
+    disallowed_header_directives: StringList = key(
+        ["noai", "noimageai", "noindex", "noimageindex"],
+        "images whose X-Robots-Tag says one of these are not used; []: any is",
+    )
+    tdm_reservation: TdmPolicy = key(
+        "header",
+        "header: images whose answer reserves text and data mining (tdm-reservation: 1) are not used; file: those that "
+        "the site's /.well-known/tdmrep.json reserves neither; ignore: use them",
     )
     allow_private_addresses: bool = key(False, "also connect to loopback, private and other special addresses")
     decode_threads: int = key(
@@ -74,6 +110,12 @@ class FetchConfig(Config):
         ge=256,
     )
     num_cpus: float = key(1.0, "cores declared for a task", unit="cores", affects_result=False, gt=0)
+    engine: Engine = key(
+        "pairmill",
+        "img2dataset: its downloader in the place of ours, to compare; it has NO guard against internal addresses, "
+        "bodies without end or decompression bombs and no limit per host, so it is refused unless "
+        "fetch.allow_private_addresses=true (docs/img2dataset.md)",
+    )
 
 
 class ImageConfig(Config):
@@ -88,6 +130,7 @@ class ImageConfig(Config):
     only_if_bigger: bool = key(True, "never enlarge")
     format: ImageFormat = key("jpg", "format written")
     quality: int = key(95, "of jpg and webp", ge=1, le=100)
+    exif: bool = key(False, "keep the EXIF tags of kept images, as JSON in the column exif")
     max_pixels: int = key(64_000_000, "larger images are refused before they are decoded", unit="px", ge=1)
 
 
@@ -123,6 +166,11 @@ class PackConfig(Config):
     """How the dataset is cut."""
 
     samples_per_shard: int = key(10_000, "samples in each shard but the last", ge=1)
+    columns: ColumnNames = key(
+        "pairmill",
+        "img2dataset: also its columns status, error_message and exif, in parquet and json; the others have the same "
+        "names anyway",
+    )
 
 
 class BuildConfig(Config):
@@ -143,7 +191,8 @@ class BuildConfig(Config):
 
     @model_validator(mode="after")
     def _relations(self) -> "BuildConfig":
-        for problem in (*self._place_relations(), *self._fetch_relations(), *self._curate_relations()):
+        places, fetch, agent = self._place_relations(), self._fetch_relations(), self._agent_relations()
+        for problem in (*places, *fetch, *agent, *self._curate_relations()):
             raise ValueError(problem)
         return self
 
@@ -171,6 +220,25 @@ class BuildConfig(Config):
             )
         if columns.url == columns.caption:
             problems.append(f"columns.caption={columns.caption}: is the URL column too; set another columns.caption")
+        return problems
+
+    def _agent_relations(self) -> list[str]:
+        fetch, problems = self.fetch, []
+        if not re.fullmatch(r"[A-Za-z_-]+(/[!-~]+)?( [ -~]*)?", fetch.user_agent):
+            problems.append(
+                f"fetch.user_agent={fetch.user_agent!r}: not a User-Agent; write a name, a version and a comment in "
+                "plain ASCII, such as mybot/1.0 (what it is for)"
+            )
+        if fetch.contact is not None and not re.fullmatch(_CONTACT, fetch.contact):
+            problems.append(
+                f"fetch.contact={fetch.contact!r}: neither a URL nor a mail address; give one such as "
+                "https://example.org/bot or bot@example.org, or null"
+            )
+        problems += [
+            f"fetch.disallowed_header_directives: {directive!r}: not a directive such as noai; [] turns them off"
+            for directive in fetch.disallowed_header_directives
+            if not re.fullmatch(r"[A-Za-z][A-Za-z_-]*", directive.strip())
+        ]
         return problems
 
     def _curate_relations(self) -> list[str]:

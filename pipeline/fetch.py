@@ -3,7 +3,8 @@
 Stage `fetch`, unit ids `<range>-<row group>` (`00000-00000`), which sort in dataset order:
     images.tar     the encoded images, plain ustar, `<uid>.<jpg|png|webp>`, in the order they came in
     rows.parquet   FETCHED rows, in plan order (order, uid)
-    counts         rows (input rows), reason:ok and reason:<reason> (input rows: num_rows summed)
+    counts         rows (input rows), reason:ok and reason:<reason> (input rows: num_rows summed),
+                   requests (attempts), retries (those after a first one), bytes (of bodies downloaded)
 
 FETCHED columns: uid, order, url, caption, num_rows as in the plan (pipeline.plan), then
     status           string   "ok" or "dropped"
@@ -19,6 +20,7 @@ FETCHED columns: uid, order, url, caption, num_rows as in the plan (pipeline.pla
     width, height    int32    of the encoded image
     image_format     string   jpg, png or webp: the member's extension
     is_animated      bool     had more than one frame; the first was taken
+    exif             string   JSON of the EXIF tags of kept images, with `image.exif`
     grey_std         float    standard deviation of the encoded image's grey values, 0 (one colour) to 127.5
     mean_red, mean_green, mean_blue   float   0 to 255
     image_offset     int64    where the image's bytes begin in images.tar
@@ -32,7 +34,7 @@ none, columns of the image are null unless status is "ok".
 published shards. Everything else is a function of the responses.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
@@ -48,6 +50,7 @@ from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
 from pipeline.config import BuildConfig, FetchConfig, ImageConfig
 from pipeline.decode import ImageError
+from pipeline.exif import exif_json
 from pipeline.http import Downloader
 from pipeline.images import Processed, process
 from pipeline.plan import PLANNED
@@ -75,6 +78,7 @@ FETCHED = pa.schema(
         pa.field("height", pa.int32()),
         pa.field("image_format", pa.string()),
         pa.field("is_animated", pa.bool_()),
+        pa.field("exif", pa.string()),
         pa.field("grey_std", pa.float32()),
         pa.field("mean_red", pa.float32()),
         pa.field("mean_green", pa.float32()),
@@ -128,12 +132,31 @@ class FetchStage:
         with self.store.open(unit.params["path"]) as raw, pq.ParquetFile(raw) as file:
             planned = file.read_row_group(unit.params["group"])
         with TarWriter(output.path("images.tar")) as tar:
-            outcomes = fetch_rows(planned, tar, self.fetch, self.image)
+            outcomes = self._fetch_rows(planned, tar)
         table = _with_outcomes(planned, outcomes)
         pq.write_table(table, output.path("rows.parquet"), compression="zstd")
-        for reason, num_rows in zip(table["reason"].to_pylist(), table["num_rows"].to_pylist(), strict=True):
-            output.count("rows", num_rows)
-            output.count(f"reason:{reason or 'ok'}", num_rows)
+        for name, number in count_fetched(table).items():
+            output.count(name, number)
+
+    def _fetch_rows(self, planned: pa.Table, tar: TarWriter) -> "list[Outcome]":
+        if self.fetch.engine == "img2dataset":
+            from pipeline import img2dataset_engine  # here, as few need it
+
+            return img2dataset_engine.fetch_rows(planned, tar, self.fetch, self.image)
+        return fetch_rows(planned, tar, self.fetch, self.image)
+
+
+def count_fetched(table: pa.Table) -> dict[str, int]:
+    """The counts of a FETCHED table; see the module's."""
+    counts: Counter[str] = Counter()
+    for reason, num_rows in zip(table["reason"].to_pylist(), table["num_rows"].to_pylist(), strict=True):
+        counts["rows"] += num_rows
+        counts[f"reason:{reason or 'ok'}"] += num_rows
+    attempts = table["attempts"]
+    counts["requests"] = pc.sum(attempts).as_py() or 0
+    counts["retries"] = counts["requests"] - (pc.sum(pc.greater(attempts, 0)).as_py() or 0)
+    counts["bytes"] = pc.sum(table["size_bytes"]).as_py() or 0
+    return dict(counts)
 
 
 Outcome = dict[str, Any]
@@ -196,6 +219,8 @@ def _outcome(response: Response, image: ImageConfig) -> tuple[Outcome, Processed
         return outcome, None
     told = {field.name: getattr(processed, field.name) for field in fields(processed) if field.name != "data"}
     outcome |= told | {"status": "ok", "image_format": image.format, "image_size": len(processed.data)}
+    if image.exif:
+        outcome["exif"] = exif_json(body)
     return outcome, processed
 
 

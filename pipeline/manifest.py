@@ -37,6 +37,13 @@ SAMPLE_COLUMNS = (
     "caption_size",
 )
 
+# What img2dataset's parquet and json have beside the above, with `pack.columns=img2dataset`.
+IMG2DATASET_COLUMNS = (
+    "status",  # str: "success"; a shard holds nothing else
+    "error_message",  # str: null
+    "exif",  # str: JSON of the EXIF tags; null if there are none, or unless `image.exif` was set
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:

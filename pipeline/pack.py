@@ -5,7 +5,7 @@ are. Every byte of a shard is a function of the kept rows: two attempts at a sha
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
-from pipeline.manifest import SAMPLE_COLUMNS
+from pipeline.config import ColumnNames
+from pipeline.manifest import IMG2DATASET_COLUMNS, SAMPLE_COLUMNS
 from pipeline.plain import json_form, plain_values
 from pipeline.selection import DecidedUnit, Duplicates, extra_columns, open_images, read_checked, survivors
 from pipeline.tar import TarWriter
@@ -23,6 +24,8 @@ from pipeline.tar import TarWriter
 _OFFSETS = ("image_offset", "image_size", "caption_offset", "caption_size")
 _COPIED = tuple(name for name in SAMPLE_COLUMNS if name not in ("key", *_OFFSETS))
 _JSON = ("uid", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
+_SUCCESS = {"status": "success", "error_message": None}
+"""img2dataset's columns that say the same of every sample here; what was dropped is in record/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +62,13 @@ def sample_key(number: int, samples_per_shard: int) -> tuple[int, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class PackStage:
-    """`shards`: the parts of every shard."""
+    """`shards`: the parts of every shard. columns: whose names they have, see `PackConfig`."""
 
     store: Store
     shards: tuple[tuple[Part, ...], ...]
     duplicates: Duplicates
     samples_per_shard: int
+    columns: ColumnNames = "pairmill"
     name: str = "pack"
     num_cpus: float = 1.0
     memory_bytes: int = 512 * 2**20
@@ -97,7 +101,11 @@ class PackStage:
         table = read_checked(self.store, part.unit.rows).take(pa.array(rows, pa.int64()))
         extra = extra_columns(table.schema)
         added: dict[str, list[Any]] = {name: [] for name in ("key", *_OFFSETS)}
-        told = [dict(zip((*_JSON, *extra), row, strict=True)) for row in _rows(table, (*_JSON, *extra))]
+        more = IMG2DATASET_COLUMNS if self.columns == "img2dataset" else ()
+        if more:
+            table = _with_constants(table, _SUCCESS)
+        in_json = (*_JSON, *more, *extra)
+        told = [dict(zip(in_json, row, strict=True)) for row in _rows(table, in_json)]
         places = _rows(table, ("image_offset", "image_size", "image_format"))
         with open_images(self.store, part.unit.images) as images:
             for place, (row, (offset, size, suffix)) in enumerate(zip(told, places, strict=True)):
@@ -110,10 +118,21 @@ class PackStage:
                 added["caption_offset"].append(tar.add(f"{key}.txt", caption))
                 added["caption_size"].append(len(caption))
                 tar.add(f"{key}.json", _sample_json(key, row))
-        columns = {name: table.column(name) for name in (*_COPIED, *extra)}
+        columns = {name: table.column(name) for name in (*_COPIED, *more, *extra)}
         columns["key"] = pa.array(added["key"], pa.string())
         columns |= {name: pa.array(added[name], pa.int64()) for name in _OFFSETS}
-        return pa.table({name: columns[name] for name in (*SAMPLE_COLUMNS, *extra)}).replace_schema_metadata(None)
+        return pa.table({name: columns[name] for name in (*SAMPLE_COLUMNS, *more, *extra)}).replace_schema_metadata(
+            None
+        )
+
+
+def _with_constants(table: pa.Table, constants: Mapping[str, str | None]) -> pa.Table:
+    """The table with a column of strings for each constant, in the place of one of that name."""
+    for name, value in constants.items():
+        column = pa.array([value] * table.num_rows, pa.string())
+        place = table.schema.get_field_index(name)
+        table = table.append_column(name, column) if place < 0 else table.set_column(place, name, column)
+    return table
 
 
 def _sample_json(key: str, row: dict[str, Any]) -> bytes:

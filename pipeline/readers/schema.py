@@ -44,7 +44,7 @@ RESERVED = frozenset(
             "caption_offset",
             "caption_size",
         ),
-        *("attempts", "seconds", "duplicate_of", "unit", "shard"),
+        *("attempts", "seconds", "duplicate_of", "unit", "shard", "error_message", "exif"),
     )
 )
 """Names that a list's further columns may not have in the outputs; such columns are called `source_<name>` there."""
