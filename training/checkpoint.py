@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "weights.pt", "config.json", "tokenizer.json"
+CLASSES_FILE = "classes.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from cluster.store import Store
 from training import launch
 from training.checkpoint import TOKENIZER_FILE, published
 from training.config import TrainConfig, TrainPlan, check_parts, plan_training
-from training.data.dataset import Dataset, caption_text
+from training.data.sources import Samples
 from training.data.tokenizer import Tokenizer
 from training.display import TrainDisplay
 from training.lease import hold
@@ -41,56 +41,56 @@ def run_train(config: TrainConfig) -> TrainResult:
     Raises RequestError before any work is done, RunError when the run failed, KeyboardInterrupt when it was
     interrupted (the ranks have then checkpointed if there was time).
     """
-    plan, dataset = plan_training(config)
-    if (store := _finished(plan, dataset)) is not None:
+    plan, samples = plan_training(config)
+    if (store := _finished(plan, samples)) is not None:
         return TrainResult(outcome="done", store=store, plan=plan, already_done=True)
     if launch.started_by_torchrun():
-        return _run_under_torchrun(plan, dataset)
+        return _run_under_torchrun(plan, samples)
     if plan.config.ray.address == "inline":
-        return _run_inline(plan, dataset)
-    return _run_on_ray(plan, dataset)
+        return _run_inline(plan, samples)
+    return _run_on_ray(plan, samples)
 
 
-def _finished(plan: TrainPlan, dataset: Dataset) -> Store | None:
+def _finished(plan: TrainPlan, samples: Samples) -> Store | None:
     """The folder of the run if it is complete. Raises RequestError when it belongs to another request."""
     try:
         require_run(plan.config.output)
     except RequestError:  # there is none yet, or `open_run` will say what is wrong
         return None
     store = open_run(plan.config.output, "train", plan.config).store
-    _refuse_other_samples(store, dataset)
+    _refuse_other_samples(store, samples)
     return store if store.exists(RESULT_FILE) else None
 
 
-def _run_on_ray(plan: TrainPlan, dataset: Dataset) -> TrainResult:
+def _run_on_ray(plan: TrainPlan, samples: Samples) -> TrainResult:
     import ray
 
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it tells about dead workers
         launch.start_for_training(plan.config.ray)
         try:
             num_ranks = launch.ranks_on_ray(plan)
-            with prepared(plan, dataset, num_ranks) as request, _display(plan) as display:
+            with prepared(plan, samples, num_ranks) as request, _display(plan) as display:
                 return finish(request, launch.run_on_ray(request, num_ranks, display))
         finally:
             ray.shutdown()
 
 
-def _run_inline(plan: TrainPlan, dataset: Dataset) -> TrainResult:
+def _run_inline(plan: TrainPlan, samples: Samples) -> TrainResult:
     if (plan.config.train.num_ranks or 1) != 1:
         raise RequestError(f"train.num_ranks={plan.config.train.num_ranks}: ray.address=inline runs one rank")
-    with prepared(plan, dataset, num_ranks=1) as request, _display(plan) as display:
+    with prepared(plan, samples, num_ranks=1) as request, _display(plan) as display:
         return finish(request, launch.run_here(request, display))
 
 
-def _run_under_torchrun(plan: TrainPlan, dataset: Dataset) -> TrainResult:
+def _run_under_torchrun(plan: TrainPlan, samples: Samples) -> TrainResult:
     launch.init_torchrun_group()
     try:
         num_ranks, first = dist.get_world_size(), dist.get_rank() == 0
         if plan.config.train.num_ranks not in (None, num_ranks):
             raise RequestError(f"train.num_ranks={plan.config.train.num_ranks}: torchrun started {num_ranks} processes")
-        check_parts(plan.config, num_ranks)
+        check_parts(plan.config, num_ranks, plan.classes)
         with contextlib.ExitStack() as stack:
-            request = _told_by_first(lambda: stack.enter_context(prepared(plan, dataset, num_ranks)))
+            request = _told_by_first(lambda: stack.enter_context(prepared(plan, samples, num_ranks)))
             display = stack.enter_context(_display(plan, quiet=not first))
             outcome = launch.run_torchrun_rank(request, display)
             return finish(request, outcome, write=first)
@@ -114,33 +114,33 @@ def _told_by_first(prepare: Callable[[], RankRequest]) -> RankRequest:
 
 
 @contextlib.contextmanager
-def prepared(plan: TrainPlan, dataset: Dataset, num_ranks: int) -> Iterator[RankRequest]:
+def prepared(plan: TrainPlan, samples: Samples, num_ranks: int) -> Iterator[RankRequest]:
     """Register the run or open it again, and hold it for this command: tokenizer there, checkpoints fit, no leftovers.
 
     Raises RequestError when the folder holds another run, or another command works in it.
     """
     store = open_run(plan.config.output, "train", plan.config).store
     with hold(store):
-        _refuse_other_samples(store, dataset)
+        _refuse_other_samples(store, samples)
         _refuse_other_ranks(store, num_ranks)
         for leftover in (STOP_FILE, launch.FAILURE_FILE, PROGRESS_FILE, "work"):
             store.remove(leftover)
         if not store.exists(TOKENIZER_FILE):
-            store.create(TOKENIZER_FILE, make_tokenizer(plan, dataset).to_json().encode())
+            store.create(TOKENIZER_FILE, make_tokenizer(plan, samples).to_json().encode())
         tokenizer = store.read_bytes(TOKENIZER_FILE).decode()
         if not store.exists(DATASET_FILE):
-            store.create(DATASET_FILE, json.dumps({"url": dataset.url, "sha256": dataset.fingerprint}).encode())
+            store.create(DATASET_FILE, json.dumps({"url": samples.url, "sha256": samples.fingerprint}).encode())
         yield RankRequest(plan=plan, output=store.url, tokenizer=tokenizer)
 
 
-def _refuse_other_samples(store: Store, dataset: Dataset) -> None:
+def _refuse_other_samples(store: Store, samples: Samples) -> None:
     """Raise RequestError when the dataset is no longer the one that the run began with."""
     if store.exists(DATASET_FILE):
         began_with: str = json.loads(store.read_bytes(DATASET_FILE))["sha256"]
-        if began_with != dataset.fingerprint:
+        if began_with != samples.fingerprint:
             raise RequestError(
-                f"data.dataset={dataset.url}: changed since this run began (its manifest was {began_with[:12]}..., is "
-                f"{dataset.fingerprint[:12]}...), so the run cannot go on exactly; choose another output, or bring "
+                f"data.dataset={samples.url}: changed since this run began (its manifest was {began_with[:12]}..., is "
+                f"{samples.fingerprint[:12]}...), so the run cannot go on exactly; choose another output, or bring "
                 "back the dataset that it began with"
             )
 
@@ -154,11 +154,11 @@ def _refuse_other_ranks(store: Store, num_ranks: int) -> None:
             )
 
 
-def make_tokenizer(plan: TrainPlan, dataset: Dataset) -> Tokenizer:
+def make_tokenizer(plan: TrainPlan, samples: Samples) -> Tokenizer:
     """The tokenizer of a run; a compact vocabulary needs one pass over the captions."""
     text = plan.config.model.text
-    captions = dataset.column(plan.config.data.caption_column) if text.vocabulary == "compact" else []
-    return Tokenizer.build(map(caption_text, captions), context_length=text.context_length, vocabulary=text.vocabulary)
+    captions = samples.captions() if text.vocabulary == "compact" else []
+    return Tokenizer.build(captions, context_length=text.context_length, vocabulary=text.vocabulary)
 
 
 def finish(request: RankRequest, outcome: Outcome, *, write: bool = True) -> TrainResult:

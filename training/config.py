@@ -194,6 +194,8 @@ def plan_training(config: TrainConfig) -> tuple[TrainPlan, Dataset | Mixture]:
         raise RequestError(f"train.batch_size={batch_size}: {_few(samples, config)}; make it smaller or select more")
     classes = classes_of(sources)
     check_labels(sources, classes)
+    if METHODS[config.method].needs_captions(config.method_config) and not any(s.caption_column for s in sources):
+        raise RequestError(f"data.caption_column: method={config.method} needs captions; name the column they are in")
     num_steps = config.train.num_steps or max(1, math.floor(config.train.num_epochs * num_samples / batch_size))
     warmup_steps = config.optim.warmup_steps
     if warmup_steps is None:

@@ -109,7 +109,7 @@ def ranks_on_ray(plan: TrainPlan) -> int:
     """The number of ranks on the connected cluster. Raises RequestError when it cannot hold them."""
     num_gpus, wanted = _num_gpus(), plan.config.train.num_ranks
     num_ranks = wanted or max(1, num_gpus)
-    check_parts(plan.config, num_ranks)
+    check_parts(plan.config, num_ranks, plan.classes)
     if num_gpus and num_ranks > num_gpus:
         raise RequestError(f"train.num_ranks={num_ranks}: the cluster has {num_gpus} GPUs")
     _cpus_per_rank(num_ranks)
@@ -141,6 +141,7 @@ def _fit(request: RankRequest, num_ranks: int) -> Any:
             "num_samples": plan.num_samples,
             "num_steps": plan.num_steps,
             "warmup_steps": plan.warmup_steps,
+            "classes": plan.classes,
         },
         "output": request.output,
         "tokenizer": request.tokenizer,

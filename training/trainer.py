@@ -14,10 +14,10 @@ from torch import Tensor
 
 from cluster.errors import RunError
 from cluster.store import Store
-from training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, Checkpoints, newest_valid
+from training.checkpoint import CLASSES_FILE, CONFIG_FILE, TOKENIZER_FILE, Checkpoints, newest_valid
 from training.config import TrainPlan
-from training.data.dataset import Dataset
 from training.data.loader import HostBatch, ImageReader, Loader
+from training.data.sources import open_sources
 from training.data.tokenizer import Tokenizer
 from training.engine import Engine
 from training.methods import Batch, Output, build_method
@@ -76,11 +76,16 @@ def train(
     store = Store(request.output)
     torch.set_num_threads(rank.num_threads)
     torch.manual_seed(config.seed)
-    method = build_method(config.method, config.method_config, config.model, Tokenizer.from_json(request.tokenizer))
+    tokenizer = Tokenizer.from_json(request.tokenizer)
+    method = build_method(config.method, config.method_config, config.model, tokenizer, plan.classes)
     engine = Engine(method, config, num_ranks=rank.num_ranks, device=rank.device)
     checkpoints = Checkpoints(store, rank=rank.index, num_ranks=rank.num_ranks, keep=config.checkpoint.keep)
     start_step = checkpoints.load_newest(engine)
-    beside = {CONFIG_FILE: config.model_dump_json(indent=1).encode(), TOKENIZER_FILE: request.tokenizer.encode()}
+    beside = {
+        CONFIG_FILE: config.model_dump_json(indent=1).encode(),
+        TOKENIZER_FILE: request.tokenizer.encode(),
+        CLASSES_FILE: json.dumps(plan.classes).encode(),
+    }
 
     def save() -> None:
         checkpoints.save(engine, samples_seen=engine.steps * config.train.batch_size, files=beside)
@@ -122,10 +127,10 @@ def make_loader(plan: TrainPlan, rank: Rank, start_step: int) -> Loader:
     """The rank's batches from `start_step` on."""
     config = plan.config
     data = config.data
-    dataset = Dataset(data.dataset, select=data.select, caption_column=data.caption_column)
+    samples = open_sources(data.sources, plan.classes)
     on_gpu = rank.device.type == "cuda"
     return Loader(
-        ImageReader(dataset, config.image_size, int(data.cache_gib * 2**30)),
+        ImageReader(samples, config.image_size, int(data.cache_gib * 2**30)),
         seed=config.seed,
         batch_size=config.train.batch_size,
         start_step=start_step,
@@ -144,6 +149,7 @@ def to_device(batch: HostBatch, seed: int, device: torch.device) -> Batch:
         images=batch.images.to(device, non_blocking=True),
         captions=batch.captions,
         sample_ids=batch.sample_ids.to(device, non_blocking=True),
+        labels=batch.labels.to(device, non_blocking=True),
         epoch=batch.epoch.to(device, non_blocking=True),
         step=batch.step,
         seed=seed,

@@ -118,7 +118,7 @@ class Mixture:
 
 
 def shares(weights: Sequence[float], batch_size: int) -> list[int]:
-    """How many of a batch's samples each source gives: by the largest remainder, ties to the first; all of the batch."""
+    """How many of a batch's samples each source gives: by the largest remainder, ties to the first."""
     exact = np.asarray(weights, dtype=np.float64) * batch_size / np.sum(weights)
     sizes = np.floor(exact + 1e-9).astype(np.int64)
     missing = batch_size - int(sizes.sum())

@@ -13,6 +13,7 @@ from cluster.errors import RequestError, RunError
 from cluster.run import require_run
 from cluster.store import Store
 from training.checkpoint import (
+    CLASSES_FILE,
     CONFIG_FILE,
     FOLDER,
     TOKENIZER_FILE,
@@ -84,7 +85,8 @@ def load_model(checkpoint: str) -> TrainedModel:
 def _read(store: Store, info: CheckpointInfo) -> TrainedModel:
     config = validate(TrainConfig, json.loads(store.read_bytes(f"{info.folder}/{CONFIG_FILE}")))
     tokenizer = Tokenizer.from_json(store.read_bytes(f"{info.folder}/{TOKENIZER_FILE}").decode())
-    method = build_method(config.method, config.method_config, config.model, tokenizer)
+    classes = tuple(json.loads(store.read_bytes(f"{info.folder}/{CLASSES_FILE}")))
+    method = build_method(config.method, config.method_config, config.model, tokenizer, classes)
     with local_copy(store, f"{info.folder}/{WEIGHTS_FILE}") as path:
         method.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

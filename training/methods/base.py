@@ -135,6 +135,11 @@ class Method(nn.Module, ABC):
         part_size: samples of one rank that are computed at once. has_labels: the data has categories.
         """
 
+    @classmethod
+    def needs_captions(cls, config: Any) -> bool:
+        """Return whether a run on data without captions is to be refused."""
+        return True
+
     def embed(self, batch: Batch) -> Embedded:
         """Return what this part's and other samples' losses need. Nothing, when every sample stands alone."""
         return Embedded()
