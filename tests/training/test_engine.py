@@ -15,6 +15,7 @@ from cluster.errors import RunError
 from training.config import TrainConfig
 from training.data.tokenizer import Tokenizer
 from training.engine import Engine, adamw, decays, deepspeed_config
+from training.losses.distributed import LossSum
 from training.methods import Batch, build_method
 
 NUM_STEPS = 3
@@ -84,8 +85,8 @@ def rank_training(stages: list[int], output: str) -> None:
         engine = Engine(make_method(config), config, num_ranks=2, device=torch.device("cpu"))
         losses, norms = [], []
         for step in range(NUM_STEPS):
-            output_of_step = engine.forward(make_batch(step, slice(4 * rank, 4 * rank + 4)))
-            norms.append(engine.update(output_of_step.loss, config.optim.lr))
+            output_of_step = engine.gradients(make_batch(step, slice(4 * rank, 4 * rank + 4)), NUM_STEPS)
+            norms.append(engine.update(config.optim.lr))
             loss = output_of_step.loss.detach().clone()
             dist.all_reduce(loss)
             losses.append(float(loss) / 2)
@@ -116,15 +117,23 @@ def test_two_ranks_equal_one_plain_process(two_ranks: dict[int, Any], stage: int
         torch.testing.assert_close(weights[name], value, rtol=2e-3, atol=2e-4, msg=name)
 
 
-def test_gradient_that_is_not_finite_changes_nothing(one_rank: None) -> None:
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradient_that_is_not_finite_changes_nothing(one_rank: None, accumulation: int) -> None:
     config = make_config(2)
-    engine = Engine(make_method(config), config, num_ranks=1, device=torch.device("cpu"))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"accumulation": accumulation})})
+    method = make_method(config)
+    contrast = method.contrast
+
+    def poisoned(own: Any, everyone: Any) -> LossSum:
+        # The square root of zero: a finite loss with an infinite gradient.
+        return LossSum(contrast(own, everyone).sum + (method.towers.log_scale * 0).abs().sum().sqrt(), torch.tensor(8))
+
+    method.contrast = poisoned
+    engine = Engine(method, config, num_ranks=1, device=torch.device("cpu"))
     before = engine.full_weights()
-    output = engine.forward(make_batch(0, slice(0, 8)))
-    # The square root of zero: a finite loss with an infinite gradient.
-    poison = (engine.deepspeed.module.towers.log_scale * 0).abs().sum().sqrt()
+    assert engine.gradients(make_batch(0, slice(0, 8)), 1).loss.isfinite()
     with pytest.raises(RunError, match="gradient is not finite"):
-        engine.update(output.loss + poison, 1e-2)
+        engine.update(1e-2)
     after = engine.full_weights()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -137,8 +146,8 @@ def test_bf16_computes_in_bf16_and_keeps_weights_and_temperature_in_fp32(one_ran
     for module in engine.deepspeed.module.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
-    output = engine.forward(make_batch(0, slice(0, 8)))
-    engine.update(output.loss, 1e-2)
+    output = engine.gradients(make_batch(0, slice(0, 8)), 1)
+    engine.update(1e-2)
     assert torch.bfloat16 in seen
     assert output.loss.dtype == torch.float32
     assert {value.dtype for value in engine.full_weights().values()} == {torch.float32}
@@ -167,13 +176,15 @@ def test_deepspeed_is_told_everything_that_matters() -> None:
 def test_saved_state_is_taken_over_by_a_fresh_engine(one_rank: None, tmp_path: Path) -> None:
     config = make_config(2)
     first = Engine(make_method(config), config, num_ranks=1, device=torch.device("cpu"))
-    first.update(first.forward(make_batch(0, slice(0, 8))).loss, 1e-2)
+    first.gradients(make_batch(0, slice(0, 8)), 2)
+    first.update(1e-2)
     first.save(str(tmp_path), "saved", {"note": 7})
     second = Engine(make_method(config), config, num_ranks=1, device=torch.device("cpu"))
     assert second.load(str(tmp_path), "saved")["note"] == 7
     assert second.steps == 1
     for engine in (first, second):
-        engine.update(engine.forward(make_batch(1, slice(0, 8))).loss, 1e-2)
+        engine.gradients(make_batch(1, slice(0, 8)), 2)
+        engine.update(1e-2)
     weights = second.full_weights()
     assert all(torch.equal(weights[name], value) for name, value in first.full_weights().items())
 

@@ -146,22 +146,22 @@ def test_loss_that_is_not_finite_stops_before_the_update(
     train_tiny: Trainer, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = unfinish(finished_run, tmp_path / "run", [3])
-    forward = trainer.Engine.forward
+    gradients = trainer.Engine.gradients
     updates: list[int] = []
     update = trainer.Engine.update
 
-    def poisoned(self: Any, batch: Any) -> Any:
+    def poisoned(self: Any, batch: Any, num_steps: int) -> Any:
         if batch.step == 5:
             with torch.no_grad():
                 next(iter(self.deepspeed.module.towers.image.parameters())).fill_(float("nan"))
-        return forward(self, batch)
+        return gradients(self, batch, num_steps)
 
-    def counted(self: Any, loss: Any, learning_rate: float) -> float:
+    def counted(self: Any, learning_rate: float) -> float:
         updates.append(self.steps)
-        return update(self, loss, learning_rate)
+        return update(self, learning_rate)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Engine, "forward", poisoned)
+        patch.setattr(trainer.Engine, "gradients", poisoned)
         patch.setattr(trainer.Engine, "update", counted)
         with pytest.raises(RunError, match=r"step 5: the loss is not finite \(contrastive nan\)") as caught:
             train_tiny(run)
