@@ -1,0 +1,226 @@
+"""`fetch.engine=img2dataset`: the downloader of img2dataset 1.47.0 in the place of ours, for the same unit and outputs.
+
+Its own `Downloader`, `Resizer` and urllib requests do the work, in the same Ray task; here they are only given the
+unit's rows, and what they tell is brought into the columns of the fetch stage:
+
+    columns of the body and of the image    size_bytes, source_format and the measures are taken from what passes by;
+                                            measures are those of the encoded image, a border included
+    reason, detail, http_status             from its error message, which is kept as `detail`; `http_status` is null
+                                            unless it is an error
+    attempts                                of a failure all of them: it repeats whatever failed, at once; else 1
+    final_url, num_redirects, seconds       null: it does not tell
+
+It has no guard against internal addresses, no limit on a body's size or on an image's pixels before decoding, no
+limit per host, and knows neither robots.txt nor Retry-After: pipeline.config refuses requests for those with this
+engine. docs/img2dataset.md lists where its images differ from ours.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import FetchConfig, ImageConfig
+from pipeline.decode import ImageError, sniff
+from pipeline.images import process
+from pipeline.reasons import Reason, http_reason
+from pipeline.tar import TarWriter
+from pipeline.urls import UrlError, clean_url
+
+Outcome = dict[str, Any]
+
+PNG_COMPRESSION = 6
+
+# What its messages (the exceptions of urllib, http.client and ssl as text) mean, first match wins.
+_DOWNLOAD_ERRORS: tuple[tuple[str, Reason], ...] = (
+    (r"redirect error that would lead to an infinite loop", Reason.TOO_MANY_REDIRECTS),
+    (r"X-Robots-Tag", Reason.OPTED_OUT),
+    (r"Errno -[2345]\b|Name or service not known|name resolution|No address associated", Reason.DNS_FAILURE),
+    (r"SSL|certificate|EOF occurred in violation of protocol", Reason.TLS_FAILURE),
+    (r"timed out", Reason.TIMEOUT),
+    (r"IncompleteRead", Reason.TRUNCATED),
+    (r"unknown url type|redirection to url .* is not allowed", Reason.UNSUPPORTED_SCHEME),
+    (r"URL can't contain control characters|codec can't encode|no host given|nonnumeric port", Reason.INVALID_URL),
+    (r"Errno \d+|Remote end closed connection|Connection", Reason.CONNECTION_FAILED),
+)
+
+
+def fetch_rows(planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: ImageConfig) -> list[Outcome]:
+    """Fetch the planned rows that have no reason yet; kept images go to the tar. One outcome a row, in their order."""
+    outcomes: list[Outcome] = [{"status": "dropped", "attempts": 0} for _ in range(planned.num_rows)]
+    urls, reasons, uids = (planned[name].to_pylist() for name in ("url", "reason", "uid"))
+    wanted: list[tuple[int, str]] = []
+    for row, (url, reason) in enumerate(zip(urls, reasons, strict=True)):
+        if reason is not None:
+            continue
+        try:
+            wanted.append((row, clean_url(url)))
+        except UrlError as error:
+            outcomes[row] |= {"reason": error.reason.value, "detail": str(error)}
+        else:  # stays where img2dataset says nothing, which it does after an exception of its own
+            outcomes[row] = _dropped(Reason.UNDECODABLE_IMAGE, "img2dataset failed", attempts=1)
+    if wanted:
+        _download(wanted, _Keeper(uids=uids, outcomes=outcomes, tar=tar, fetch=fetch, image=image))
+    return outcomes
+
+
+@dataclass(kw_only=True)
+class _Keeper:
+    """Stands on both sides of img2dataset's work: it hands bodies to its resizer, and is its sample writer.
+
+    Bodies come one after the other in a single thread, each followed by its `write`.
+    """
+
+    uids: Sequence[str]
+    outcomes: list[Outcome]
+    tar: TarWriter
+    fetch: FetchConfig
+    image: ImageConfig
+    resizer: Callable[[Any, Any], tuple[Any, ...]] | None = None
+    body: bytes = b""
+
+    def resize(self, body: Any, boxes: Any = None) -> tuple[Any, ...]:
+        """What img2dataset calls with each body."""
+        self.body = body.getvalue()
+        assert self.resizer is not None
+        return self.resizer(body, boxes)
+
+    def write(self, data: bytes | None, key: str, caption: str | None, told: dict[str, Any]) -> None:
+        """What img2dataset calls once for every row, with the encoded image or None."""
+        row, message = told["row"], told["error_message"]
+        if told["status"] == "failed_to_download":
+            self.outcomes[row] = download_failure(message, self.fetch.retries)
+        elif data is None:
+            self.outcomes[row] = unusable(self.body, message, self.image)
+        else:
+            names = ("sha256", "original_width", "original_height", "width", "height")
+            self.outcomes[row] = {name: told[name] for name in names} | {
+                "status": "ok",
+                "attempts": 1,
+                "size_bytes": len(self.body),
+                "source_format": _format(self.body),
+                "exif": told.get("exif"),
+                "image_format": self.image.format,
+                "image_offset": self.tar.add(f"{self.uids[row]}.{self.image.format}", data),
+                "image_size": len(data),
+                **_measures(data),
+            }
+
+    def close(self) -> None:
+        """Our caller closes the tar."""
+
+
+def _format(body: bytes) -> str | None:
+    """The format by content; img2dataset also keeps what has none of those that we know."""
+    try:
+        return sniff(body)
+    except ImageError:
+        return None
+
+
+def unusable(body: bytes, message: str, image: ImageConfig) -> Outcome:
+    """Why img2dataset could not use a body: the reason of our own decoder, where that fails too."""
+    if not body:
+        return _dropped(Reason.EMPTY_BODY, message, 1)
+    reason = Reason.TOO_MANY_PIXELS if message == "image area too large" else Reason.UNDECODABLE_IMAGE
+    try:
+        process(body, image)
+    except ImageError as refusal:
+        reason = refusal.reason
+    return _dropped(reason, message, 1) | {"size_bytes": len(body), "sha256": sha256(body).hexdigest()}
+
+
+def download_failure(message: str, retries: int) -> Outcome:
+    """What a failed download's message means in our terms. img2dataset repeats whatever failed."""
+    status = re.match(r"HTTP Error (\d{3})", message)
+    number = int(status.group(1)) if status else None
+    meant = next((reason.value for pattern, reason in _DOWNLOAD_ERRORS if re.search(pattern, message)), None)
+    reason = meant or (http_reason(number) if number else Reason.BAD_RESPONSE.value)
+    return _dropped(reason, message, retries + 1) | {"http_status": number}
+
+
+def _dropped(reason: str, detail: str, attempts: int) -> Outcome:
+    return {"status": "dropped", "reason": str(reason), "detail": " ".join(detail.split())[:200], "attempts": attempts}
+
+
+def _download(wanted: Sequence[tuple[int, str]], keeper: _Keeper) -> None:
+    """Run img2dataset's downloader on one shard made of these (row, url)."""
+    downloader_class, resizer_class = _img2dataset()
+    keeper.resizer = resizer_class(**resizer_options(keeper.image))
+    with tempfile.TemporaryDirectory(prefix="pairmill-") as folder:  # for its shard's list and its statistics
+        shard = Path(folder) / "00000.feather"
+        table = pa.table({"url": [url for _, url in wanted], "row": pa.array([row for row, _ in wanted], pa.int32())})
+        with pa.ipc.new_file(str(shard), table.schema) as file:
+            file.write_table(table)
+        downloader = downloader_class(
+            sample_writer_class=lambda *_: keeper,
+            resizer=keeper.resize,
+            output_folder=folder,
+            column_list=["url", "row"],
+            number_sample_per_shard=max(2, len(wanted)),  # it takes the logarithm
+            **downloader_options(keeper.fetch, keeper.image),
+        )
+        downloader.download_shard((0, str(shard)))
+
+
+def downloader_options(fetch: FetchConfig, image: ImageConfig) -> dict[str, Any]:
+    """Our settings as those of img2dataset's Downloader."""
+    return {
+        "thread_count": fetch.connections,
+        "save_caption": False,
+        "extract_exif": image.exif,
+        "timeout": fetch.timeout_s,
+        "oom_shard_count": 5,
+        "compute_hash": "sha256",
+        "verify_hash_type": None,
+        "encode_format": image.format,
+        "retries": fetch.retries,
+        "user_agent_token": fetch.user_agent.partition("/")[0].strip() or None,
+        "disallowed_header_directives": list(fetch.disallowed_header_directives) or None,
+    }
+
+
+def resizer_options(image: ImageConfig) -> dict[str, Any]:
+    """Our settings as those of img2dataset's Resizer."""
+    return {
+        "image_size": image.size,
+        "resize_mode": image.resize,
+        "resize_only_if_bigger": image.only_if_bigger,
+        "upscale_interpolation": "cubic",
+        "downscale_interpolation": "area",
+        "encode_quality": PNG_COMPRESSION if image.format == "png" else image.quality,
+        "encode_format": image.format,
+        "max_image_area": image.max_pixels,
+    }
+
+
+def _measures(data: bytes) -> Outcome:
+    """The columns that our engine measures before it encodes."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    blue, green, red = (float(mean) for mean in cv2.mean(pixels)[:3])
+    grey_std = float(cv2.meanStdDev(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY))[1][0, 0])
+    return {
+        "grey_std": round(grey_std, 4),
+        "mean_red": round(red, 4),
+        "mean_green": round(green, 4),
+        "mean_blue": round(blue, 4),
+    }
+
+
+@cache
+def _img2dataset() -> tuple[Any, Any]:
+    """Its Downloader and Resizer. Imported late: it brings albumentations, wandb and, through webdataset, torch."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else albumentations asks the network for a newer version
+    from img2dataset.downloader import Downloader
+    from img2dataset.resizer import Resizer
+
+    return Downloader, Resizer
