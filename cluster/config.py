@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -28,6 +28,14 @@ class Config(BaseModel):
     """Base of every configuration: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, validate_default=True)
+
+    shorthand: ClassVar[str] = ""
+    """The key that a plain word goes to when it is given for the whole group: model=NAME for model.preset=NAME."""
+
+    @classmethod
+    def expand(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Replace what stands for several keys by these keys; raises RequestError. Called before values are checked."""
+        return values
 
 
 def key(default: Any, help: str, *, unit: str = "", affects_result: bool = True, **constraints: Any) -> Any:
@@ -85,11 +93,13 @@ def parse(model: type[C], argv: Sequence[str]) -> C:
     for word in argv:
         name, equals, text = word.partition("=")
         if equals and not name.endswith((".yaml", ".yml")):
-            _assign(values, name, _parse_value(text, word, is_text=name in texts))
+            value = _parse_value(text, word, is_text=name in texts)
+            shorthand = "" if isinstance(value, dict) else _shorthand_at(model, name)
+            _assign(values, f"{name}.{shorthand}" if shorthand else name, value)
         elif word.startswith("-"):
             raise RequestError(f"{word}: unknown option; settings are written key=value (see --help)")
         else:
-            _merge(values, load_yaml(word))
+            _merge(values, _spelled_out(model, load_yaml(word)))
     return validate(model, values)
 
 
@@ -119,7 +129,7 @@ def validate(model: type[C], values: Mapping[str, Any]) -> C:
     problems = list(_unknown_keys(model, values))
     if not problems:
         try:
-            return model.model_validate(_over_defaults(model, values))
+            return model.model_validate(_over_defaults(model, _expanded(model, values)))
         except ValidationError as error:
             problems = [_problem(item) for item in error.errors()]
     raise RequestError("\n".join(problems))
@@ -198,6 +208,39 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
         here[last] = value
 
 
+def _shorthand_at(model: type[BaseModel], dotted: str) -> str:
+    """The shorthand of the group of keys that a dotted name is, if it is one."""
+    here: type[BaseModel] | None = model
+    for part in dotted.split("."):
+        field = here.model_fields.get(part) if here else None
+        here = nested_model(field.annotation) if field else None
+    return str(getattr(here, "shorthand", ""))
+
+
+def _spelled_out(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with every plain word that was given for a group of keys under the key that it stands for."""
+    result = {}
+    for name, value in values.items():
+        field = model.model_fields.get(name)
+        inner = nested_model(field.annotation) if field else None
+        if inner is not None and isinstance(value, Mapping):
+            value = _spelled_out(inner, value)
+        elif inner is not None and isinstance(value, str) and (shorthand := getattr(inner, "shorthand", "")):
+            value = {shorthand: value}
+        result[name] = value
+    return result
+
+
+def _expanded(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the shorthands of this group and those below it replaced (see `Config.expand`)."""
+    result = dict(model.expand(values) if issubclass(model, Config) else values)
+    for name, value in result.items():
+        inner = nested_model(model.model_fields[name].annotation)
+        if inner is not None and isinstance(value, Mapping):
+            result[name] = _expanded(inner, value)
+    return result
+
+
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
     for name, value in more.items():
         if isinstance(value, dict) and isinstance(values.get(name), dict):
@@ -273,7 +316,8 @@ def _problem(item: Any) -> str:
         return f"{where}: required, and not given; add {where}=..."
     if item["type"] == "value_error" and not item["loc"]:
         return str(item["msg"]).removeprefix("Value error, ")
-    return f"{where}={_show(item['input'])}: {str(item['msg']).removeprefix('Value error, ')}"
+    said = str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}: {said}" if isinstance(item["input"], Mapping) else f"{where}={_show(item['input'])}: {said}"
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -6,6 +6,7 @@ Legend: B batch, L tokens, Q queries, D width, H heads, K width of a head, P par
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from training.models.config import Shape
 
@@ -50,16 +51,26 @@ class Attention(nn.Module):
         return y_BLD
 
 
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x): what OpenAI's CLIP weights were trained with instead of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the same shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(shape.width)
+        self.norm1 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.attention = Attention(shape)
-        self.norm2 = nn.LayerNorm(shape.width)
+        self.norm2 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.mlp = nn.Sequential(
-            nn.Linear(shape.width, shape.mlp_width), nn.GELU(), nn.Linear(shape.mlp_width, shape.width)
+            nn.Linear(shape.width, shape.mlp_width),
+            QuickGELU() if shape.activation == "quick_gelu" else nn.GELU(),
+            nn.Linear(shape.mlp_width, shape.width),
         )
 
     def forward(self, x_BLD: Tensor, *, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
@@ -71,6 +82,9 @@ class Block(nn.Module):
 
 class Blocks(nn.Module):
     """A stack of blocks, initialised as in CLIP: outputs of residual branches shrink with the depth."""
+
+    activation_checkpointing = False
+    """Keep a block's input only, and compute the rest again in the backward pass. The engine sets it."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -89,7 +103,13 @@ class Blocks(nn.Module):
     def forward(self, x_BLD: Tensor, *, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
         """Return [B, L, D]; see `Attention.forward` for the masks."""
         for layer in self.layers:
-            x_BLD = layer(x_BLD, causal=causal, keys_BL=keys_BL)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Blocks draw no random numbers, so there is no state of a generator to bring back.
+                x_BLD = checkpoint(
+                    layer, x_BLD, causal=causal, keys_BL=keys_BL, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BLD = layer(x_BLD, causal=causal, keys_BL=keys_BL)
         return x_BLD
 
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def sincos_2d(side: int, width: int) -> Tensor:
-    """Return float32 [side * side, width]: half of the width tells the row, half the column.
+    """Return float32 [side * side, width]: half of the width tells the column, half the row (MAE's order).
 
     Each half holds sin(p w_k) then cos(p w_k) with w_k = 10000^(-4k / width), k < width / 4.
     """
     place_N = torch.arange(side, dtype=torch.float64)
     row_NN, column_NN = torch.meshgrid(place_N, place_N, indexing="ij")
-    return torch.cat([_sincos(row_NN.flatten(), width // 2), _sincos(column_NN.flatten(), width // 2)], dim=1).float()
+    return torch.cat([_sincos(column_NN.flatten(), width // 2), _sincos(row_NN.flatten(), width // 2)], dim=1).float()
 
 
 def sincos_1d(length: int, width: int) -> Tensor:

@@ -1,13 +1,14 @@
 """The text encoder: a transformer over token ids, causal with the feature at <end of text>, or bidirectional.
 
-Legend: B batch, L tokens, D width.
+Legend: B batch, L tokens, V visible ones, D width.
 """
 
 import torch
 from torch import Tensor, nn
 
-from training.models.blocks import Blocks
+from training.models.blocks import Blocks, take_tokens
 from training.models.config import TextConfig
+from training.models.masking import TextMask
 from training.models.pooling import Pooling
 
 
@@ -23,26 +24,30 @@ class TextTransformer(nn.Module):
         self.positions = nn.Parameter(torch.randn(config.context_length, shape.width) * 0.01)
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.blocks = Blocks(shape)
-        self.norm = nn.LayerNorm(shape.width)
+        self.norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.pooling = Pooling(config.pooling, shape.width, shape.heads)
 
-    def forward(self, ids_BL: Tensor) -> Tensor:
-        """Return one feature a caption, [B, D] (eq. 2 of RILS). What follows <end of text> has no influence."""
-        end_B, keys_BL = self.ends(ids_BL)
-        feature_BD: Tensor = self.pooling(self.encode(self.embed(ids_BL), keys_BL), keys_BL, end_B)
+    def forward(self, ids_BL: Tensor, words: TextMask | None = None, *, pooled: bool = True) -> Tensor:
+        """Return one feature a caption, [B, D] (eq. 2 of RILS). What follows <end of text> has no influence.
+
+        pooled=False: return every token's feature, [B, L, D]. words: encode the visible tokens only, [B, V, D].
+        """
+        x_BLD = self.tokens(ids_BL) + self.positions[: ids_BL.shape[1]]
+        keys_BL = self._keys(ids_BL) if words is None else words.seen
+        if words is not None:
+            x_BLD = take_tokens(x_BLD, words.keep)
+        y_BLD: Tensor = self.norm(self.blocks(x_BLD, causal=self.causal, keys_BL=None if self.causal else keys_BL))
+        return self.pool(y_BLD, ids_BL) if pooled and words is None else y_BLD
+
+    def pool(self, tokens_BLD: Tensor, ids_BL: Tensor) -> Tensor:
+        """Return one feature a caption, [B, D], of its tokens' features."""
+        feature_BD: Tensor = self.pooling(tokens_BLD, self._keys(ids_BL), self._end(ids_BL))
         return feature_BD
 
-    def ends(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where <end of text> stands, [B], and which tokens are the caption's, bool [B, L]: no padding."""
-        end_B = (ids_BL == self.end_of_text_id).int().argmax(dim=1)
-        return end_B, torch.arange(ids_BL.shape[1], device=ids_BL.device) <= end_B[:, None]
+    def _end(self, ids_BL: Tensor) -> Tensor:
+        """Where <end of text> stands, [B]."""
+        return (ids_BL == self.end_of_text_id).int().argmax(dim=1)
 
-    def embed(self, ids_BL: Tensor) -> Tensor:
-        """Return what the blocks are given, [B, L, D]: a token's vector and its place's."""
-        x_BLD: Tensor = self.tokens(ids_BL) + self.positions[: ids_BL.shape[1]]
-        return x_BLD
-
-    def encode(self, x_BLD: Tensor, keys_BL: Tensor) -> Tensor:
-        """Return the blocks' normalised output, [B, L, D]. keys_BL: True where a token may be seen (not if causal)."""
-        y_BLD: Tensor = self.norm(self.blocks(x_BLD, causal=self.causal, keys_BL=None if self.causal else keys_BL))
-        return y_BLD
+    def _keys(self, ids_BL: Tensor) -> Tensor:
+        """Which tokens are the caption's, bool [B, L]: no padding."""
+        return torch.arange(ids_BL.shape[1], device=ids_BL.device) <= self._end(ids_BL)[:, None]

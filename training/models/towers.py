@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from training.models.config import ModelConfig
+from training.models.image_encoder import build_image_encoder
 from training.models.text import TextTransformer
-from training.models.vit import VisionTransformer
 
 
 class Towers(nn.Module):
@@ -18,9 +18,9 @@ class Towers(nn.Module):
 
     def __init__(self, config: ModelConfig, *, vocabulary_size: int, end_of_text_id: int) -> None:
         super().__init__()
-        self.image = VisionTransformer(config.vision)
+        self.image = build_image_encoder(config.vision)
         self.text = TextTransformer(config.text, vocabulary_size=vocabulary_size, end_of_text_id=end_of_text_id)
-        self.image_projection = _projection(config.vision.shape.width, config.embed_dim)
+        self.image_projection = _projection(self.image.pooled_width, config.embed_dim)
         self.text_projection = _projection(config.text.width, config.embed_dim)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 

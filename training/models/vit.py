@@ -11,37 +11,56 @@ from torch import Tensor, nn
 
 from training.models.blocks import Blocks, take_tokens
 from training.models.config import VisionConfig
+from training.models.image_encoder import ImageEncoder
 from training.models.pooling import Pooling
 from training.models.positions import sincos_2d
 
 
-class VisionTransformer(nn.Module):
-    """Image encoder (Dosovitskiy et al. 2021) with MAE's fixed sine-cosine positions."""
+class VisionTransformer(ImageEncoder):
+    """Image encoder (Dosovitskiy et al. 2021), with MAE's fixed sine-cosine positions or learned ones.
+
+    The class token's position is part of the token. With `pre_norm`, tokens are normalised before the first block too.
+    """
 
     positions: Tensor
+    drops_patches = True
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         shape = config.shape
+        self.width = self.pooled_width = shape.width
         self.patch_size = config.patch_size
         self.grid = config.image_size // config.patch_size
         stem = ConvStem if config.stem == "conv" else LinearStem
         self.stem = stem(shape.width, config.patch_size)
-        self.register_buffer("positions", sincos_2d(self.grid, shape.width), persistent=False)
-        self.class_token = nn.Parameter(torch.randn(shape.width) * 0.02) if config.pooling == "class" else None
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.randn(self.grid**2, shape.width) * 0.02)
+        else:
+            self.register_buffer("positions", sincos_2d(self.grid, shape.width), persistent=False)
+        self.class_token = nn.Parameter(torch.randn(shape.width) * 0.02) if config.has_class_token else None
+        self.pre_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps) if config.pre_norm else None
         self.blocks = Blocks(shape)
-        self.norm = nn.LayerNorm(shape.width)
+        self.norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.pooling = Pooling(config.pooling, shape.width, shape.heads)
 
-    def forward(self, pixels_BCSS: Tensor, keep_BV: Tensor | None = None) -> Tensor:
+    def forward(
+        self, pixels_BCSS: Tensor, keep_BV: Tensor | None = None, beside: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Return normalised tokens [B, L, D]: the class token if there is one, then the patches (eq. 1 of RILS).
 
         keep_BV: indices of the patches to encode; the others are not seen at all. None encodes all of them.
+        beside: tokens [B, K, D] of something else, which come last and are encoded jointly (M3AE's words), and bool
+        [B, K]: True where one may be seen.
         """
-        return self.encode(self.embed(pixels_BCSS, keep_BV))
+        x_BLD = self._embed(pixels_BCSS, keep_BV)
+        keys_BL = None
+        if beside is not None:
+            keys_BL = torch.cat([beside[1].new_ones(x_BLD.shape[:2]), beside[1]], dim=1)
+            x_BLD = torch.cat([x_BLD, beside[0].to(x_BLD.dtype)], dim=1)
+        y_BLD: Tensor = self.norm(self.blocks(x_BLD, keys_BL=keys_BL))
+        return y_BLD
 
-    def embed(self, pixels_BCSS: Tensor, keep_BV: Tensor | None = None) -> Tensor:
-        """Return what the blocks are given, [B, L, D]; see `forward`."""
+    def _embed(self, pixels_BCSS: Tensor, keep_BV: Tensor | None) -> Tensor:
         if keep_BV is not None and self.stem.looks_beyond_its_patch:
             pixels_BCSS = hide_patches(pixels_BCSS, keep_BV, self.grid)
         x_BLD = self.stem(pixels_BCSS.to(self.stem.dtype))
@@ -50,21 +69,16 @@ class VisionTransformer(nn.Module):
             x_BLD = take_tokens(x_BLD, keep_BV)
         if self.class_token is not None:
             x_BLD = torch.cat([self.class_token.to(x_BLD.dtype).expand(len(x_BLD), 1, -1), x_BLD], dim=1)
-        embedded_BLD: Tensor = x_BLD
+        embedded_BLD: Tensor = x_BLD if self.pre_norm is None else self.pre_norm(x_BLD)
         return embedded_BLD
-
-    def encode(self, x_BLD: Tensor, keys_BL: Tensor | None = None) -> Tensor:
-        """Return the blocks' normalised output, [B, L, D]. keys_BL: True where a token may be seen."""
-        y_BLD: Tensor = self.norm(self.blocks(x_BLD, keys_BL=keys_BL))
-        return y_BLD
 
     def patches(self, tokens_BLD: Tensor) -> Tensor:
         """Return the patch tokens [B, N, D] of what `forward` returned."""
         return tokens_BLD if self.class_token is None else tokens_BLD[:, 1:]
 
     def pool(self, tokens_BLD: Tensor) -> Tensor:
-        """Return one feature a picture, [B, D]."""
-        feature_BD: Tensor = self.pooling(tokens_BLD)
+        """Return one feature a picture, [B, D]; of the patches alone, unless it is the class token."""
+        feature_BD: Tensor = self.pooling(tokens_BLD if self.pooling.name == "class" else self.patches(tokens_BLD))
         return feature_BD
 
 
