@@ -73,7 +73,7 @@ class TimmEncoder(ImageEncoder):
         return shape
 
 
-def create(name: str, image_size: int, **settings: Any) -> nn.Module:
+def create(name: str, image_size: int, **settings: Any) -> Any:
     """Build a timm model with fresh weights and without classifier. Raises RequestError when it cannot be had."""
     timm = import_timm()
     if not timm.is_model(name):
