@@ -1,11 +1,11 @@
 """Masked visual reconstruction in language semantic space: RILS eq. 7 to 9.
 
-Legend: B pictures of this rank, M masked patches of a picture, G texts of all ranks, D width of the shared space.
+Legend: B pictures of this part, M masked patches of a picture, A those of counted pictures, G texts that meet, D width.
 """
 
-import torch
 from torch import Tensor
 
+from training.losses.chunked import divergence_term, sum_over_pairs
 from training.losses.distributed import LossSum
 from training.losses.similarity import product
 
@@ -25,9 +25,12 @@ def language_reconstruction(
     decoder's, of the masked picture. prototypes_GD: normalised text embeddings. counted_B: the set C. The targets'
     entropy is subtracted from eq. 9's cross-entropy: same gradient, and 0 is a perfect prediction.
     """
-    with torch.no_grad():
-        log_p_BMG = (product(target_BMD, prototypes_GD) / target_temperature).log_softmax(-1)
-        p_BMG = log_p_BMG.exp()
-    log_q_BMG = (product(prediction_BMD, prototypes_GD) / prediction_temperature).log_softmax(-1)
-    kl_BM = (p_BMG * (log_p_BMG - log_q_BMG)).sum(-1)
-    return LossSum((kl_BM.sum(-1) * counted_B).sum(), counted_B.sum() * kl_BM.shape[1])
+    target_AD = target_BMD.detach()[counted_B.bool()].flatten(0, 1)
+    prediction_AD = prediction_BMD[counted_B.bool()].flatten(0, 1)
+
+    def target_logits(rows: slice) -> Tensor:
+        return product(target_AD[rows], prototypes_GD.detach()) / target_temperature
+
+    scale = prediction_AD.new_full((), 1 / prediction_temperature)
+    total = sum_over_pairs(prediction_AD, prototypes_GD, scale, divergence_term(target_logits))
+    return LossSum(total, counted_B.sum() * prediction_BMD.shape[1])
