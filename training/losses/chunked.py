@@ -120,7 +120,7 @@ def divergence_term(target_logits: Callable[[slice], Tensor]) -> Term:
         log_p_TG = target_logits(rows).log_softmax(1)
         log_q_TG = logits_TG.log_softmax(1)
         p_TG = log_p_TG.exp()
-        total = torch.linalg.vecdot(p_TG, log_p_TG.sub_(log_q_TG)).sum()
+        total: Tensor = torch.linalg.vecdot(p_TG, log_p_TG.sub_(log_q_TG)).sum()
         torch.sub(log_q_TG.exp_(), p_TG, out=logits_TG)
         return total
 
