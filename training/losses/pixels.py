@@ -3,6 +3,8 @@
 Legend: B pictures of this rank, C colours, S side, P side of a patch, N patches, M masked ones, K = P * P * C.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,15 +17,16 @@ _EPS = 1e-6
 
 def patchify(pixels_BCSS: Tensor, patch_size: int) -> Tensor:
     """Return [B, N, K]: the pixels of each patch in row-major order, colours fastest."""
-    k_BKN = functional.unfold(pixels_BCSS, patch_size, stride=patch_size)
-    return k_BKN.unflatten(1, (pixels_BCSS.shape[1], -1)).permute(0, 3, 2, 1).flatten(2)
+    x_BKN = functional.unfold(pixels_BCSS, patch_size, stride=patch_size)
+    batch, _, num_patches = x_BKN.shape
+    return x_BKN.view(batch, -1, patch_size**2, num_patches).permute(0, 3, 2, 1).flatten(2)
 
 
 def unpatchify(patches_BNK: Tensor, patch_size: int) -> Tensor:
     """Return [B, C, S, S]: the inverse of `patchify`."""
-    grid = int(patches_BNK.shape[1] ** 0.5)
-    k_BKN = patches_BNK.unflatten(2, (patch_size**2, -1)).permute(0, 3, 2, 1).flatten(1, 2)
-    return functional.fold(k_BKN, grid * patch_size, patch_size, stride=patch_size)
+    batch, num_patches, _ = patches_BNK.shape
+    x_BKN = patches_BNK.reshape(batch, num_patches, patch_size**2, -1).permute(0, 3, 2, 1).flatten(1, 2)
+    return functional.fold(x_BKN, math.isqrt(num_patches) * patch_size, patch_size, stride=patch_size)
 
 
 def normalised_patches(patches_BNK: Tensor) -> Tensor:
