@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.config import FetchConfig
+from pipeline.ledgers import Ledgers, LocalLedgers
 from pipeline.reasons import Reason
 
 Headers = Mapping[str, Sequence[str]]
@@ -79,6 +80,8 @@ class Unrestricted:
     def close(self) -> None: ...
 
 
-def admission_of(config: FetchConfig) -> Admission:
-    """The admission of one task, as the settings ask for."""
-    return Unrestricted()
+def admission_of(config: FetchConfig, ledgers: Ledgers | None = None) -> Admission:
+    """The admission of one task, as the settings ask for. ledgers: the cluster's; None: limits of this task alone."""
+    from pipeline.politeness import Politeness
+
+    return Politeness(config, ledgers or LocalLedgers(config))

@@ -8,9 +8,12 @@ from pydantic import model_validator
 
 from cluster.config import REQUIRED, Config, StringList, key
 from cluster.session import RayConfig
+from pipeline.addresses import is_network
 
 Resize = Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]
 ImageFormat = Literal["jpg", "png", "webp"]
+Interpolation = Literal["nearest", "linear", "bilinear", "cubic", "bicubic", "area", "lanczos", "lanczos4"]
+HashName = Literal["md5", "sha256", "sha512"]
 ColumnNames = Literal["pairmill", "img2dataset"]
 Engine = Literal["pairmill", "img2dataset"]
 RobotsPolicy = Literal["ignore", "obey"]
@@ -27,6 +30,12 @@ class ColumnsConfig(Config):
     url: str = key("url", "column that holds the image URL")
     caption: str = key("caption", "column that holds the caption; a plain-text list needs none")
     keep: StringList | None = key(None, "further columns that travel into the dataset; null: all, []: none")
+    boxes: str | None = key(
+        None,
+        "column with the boxes that are blurred in each image: a list of [x_min, y_min, x_max, y_max], or its JSON, "
+        "as parts of the upright image's width and height (0 to 1)",
+    )
+    hash: str | None = key(None, "column with the hash that the downloaded bytes must have, see fetch.verify_hash")
 
 
 class ReadConfig(Config):
@@ -74,6 +83,17 @@ class FetchConfig(Config):
     backoff_s: float = key(
         1.0, "wait before the first retry, doubled for each next", unit="s", affects_result=False, ge=0
     )
+    host_failures: int = key(
+        5, "transient failures in a row after which a host is left alone for a while", affects_result=False, ge=1
+    )
+    max_wait_s: float = key(
+        60.0,
+        "longest that a unit waits for one host in all, as it asks for by Retry-After or because it fails; what is "
+        "left of the host is parked for `pairmill repair`",
+        unit="s",
+        affects_result=False,
+        ge=0,
+    )
     user_agent: str = key(
         "pairmill/0.1 (image-text dataset builder)",
         "who we say we are; sites address us by its first word",
@@ -81,7 +101,9 @@ class FetchConfig(Config):
         min_length=1,
     )
     contact: str | None = key(
-        None, "a URL or mail address that goes into the User-Agent, for sites that want to reach you", affects_result=False
+        None,
+        "a URL or mail address that goes into the User-Agent, for sites that want to reach you",
+        affects_result=False,
     )
     robots: RobotsPolicy = key("ignore", "obey: ask every site's robots.txt first, and do what it says (RFC 9309)")
     disallowed_header_directives: StringList = key(
@@ -94,6 +116,12 @@ class FetchConfig(Config):
         "the site's /.well-known/tdmrep.json reserves neither; ignore: use them",
     )
     allow_private_addresses: bool = key(False, "also connect to loopback, private and other special addresses")
+    allow_addresses: StringList = key(
+        [], "networks that may be connected to although they are not public, such as [10.1.0.0/16]"
+    )
+    verify_tls: bool = key(
+        True, "check servers' certificates, against SSL_CERT_FILE, CURL_CA_BUNDLE or the system's bundle"
+    )
     decode_threads: int = key(
         2,
         "threads that decode and encode beside the event loop",
@@ -110,17 +138,28 @@ class FetchConfig(Config):
         ge=256,
     )
     num_cpus: float = key(1.0, "cores declared for a task", unit="cores", affects_result=False, gt=0)
+    compute_hash: HashName = key(
+        "sha256", "hash of the downloaded bytes that gets a column of its name; sha256 is there in any case"
+    )
+    verify_hash: HashName | None = key(
+        None, "what columns.hash holds; another hash of the downloaded bytes drops the image"
+    )
     engine: Engine = key(
         "pairmill",
         "img2dataset: its downloader in the place of ours, to compare; it has NO guard against internal addresses, "
-        "bodies without end or decompression bombs and no limit per host, so it is refused unless "
-        "fetch.allow_private_addresses=true (docs/img2dataset.md)",
+        "bodies without end or decompression bombs and no limit per host: it is refused unless "
+        "you set what it cannot hold, such as fetch.allow_private_addresses=true (docs/img2dataset.md)",
     )
 
 
 class ImageConfig(Config):
     """What an image becomes."""
 
+    mode: Literal["exact", "fast"] = key(
+        "exact",
+        "exact: decode the whole image, then shrink it; fast: decode JPEGs at a half, a quarter or an eighth where that "
+        "is no smaller than the result (docs/images.md: speed and loss)",
+    )
     size: int = key(256, "target side", unit="px", ge=1, le=16_384)
     resize: Resize = key(
         "keep_ratio",
@@ -128,10 +167,24 @@ class ImageConfig(Config):
         "then the middle square; border: longer side = size, white up to the square; no: as it is",
     )
     only_if_bigger: bool = key(True, "never enlarge")
+    downscale_interpolation: Interpolation = key("area", "how images are shrunk")
+    upscale_interpolation: Interpolation = key("lanczos", "how images are enlarged")
     format: ImageFormat = key("jpg", "format written")
     quality: int = key(95, "of jpg and webp", ge=1, le=100)
+    png_compression: int = key(6, "of png: 0 is the fastest, 9 the smallest", ge=0, le=9)
+    encode: Literal["always", "keep"] = key(
+        "always",
+        "keep: an image of this format that needs no change (size, orientation, transparency) is stored as it came",
+    )
     exif: bool = key(False, "keep the EXIF tags of kept images, as JSON in the column exif")
     max_pixels: int = key(64_000_000, "larger images are refused before they are decoded", unit="px", ge=1)
+    decode_timeout_s: int = key(
+        20,
+        "processor time for one image, after which its decoder is ended",
+        unit="s",
+        affects_result=False,
+        ge=1,
+    )
 
 
 class CurateConfig(Config):
@@ -192,7 +245,7 @@ class BuildConfig(Config):
     @model_validator(mode="after")
     def _relations(self) -> "BuildConfig":
         places, fetch, agent = self._place_relations(), self._fetch_relations(), self._agent_relations()
-        for problem in (*places, *fetch, *agent, *self._curate_relations()):
+        for problem in (*places, *fetch, *agent, *self._engine_relations(), *self._curate_relations()):
             raise ValueError(problem)
         return self
 
@@ -218,6 +271,19 @@ class BuildConfig(Config):
                 f"fetch.max_bytes={fetch.max_bytes}: more than a quarter of fetch.memory_mib={fetch.memory_mib}; "
                 f"set fetch.memory_mib to at least {-(-fetch.max_bytes * 4 // 2**20)}"
             )
+        problems += [
+            f"fetch.allow_addresses: {network}: not a network such as 10.1.0.0/16"
+            for network in fetch.allow_addresses
+            if not is_network(network)
+        ]
+        if (columns.hash is None) != (fetch.verify_hash is None):
+            problems.append(
+                f"columns.hash={columns.hash}, fetch.verify_hash={fetch.verify_hash}: the one is the column with the "
+                "hashes, the other says which hash they are; set both or neither"
+            )
+        for role, name in (("boxes", columns.boxes), ("hash", columns.hash)):
+            if name is not None and columns.keep is not None and name not in columns.keep:
+                problems.append(f"columns.{role}={name}: is not among columns.keep; add it there")
         if columns.url == columns.caption:
             problems.append(f"columns.caption={columns.caption}: is the URL column too; set another columns.caption")
         return problems
@@ -240,6 +306,25 @@ class BuildConfig(Config):
             if not re.fullmatch(r"[A-Za-z][A-Za-z_-]*", directive.strip())
         ]
         return problems
+
+    def _engine_relations(self) -> list[str]:
+        """What would be asked of img2dataset and it cannot do."""
+        if self.fetch.engine != "img2dataset":
+            return []
+        asked = {
+            "fetch.allow_private_addresses=true": not self.fetch.allow_private_addresses,
+            "fetch.tdm_reservation=ignore": self.fetch.tdm_reservation != "ignore",
+            "fetch.robots=ignore": self.fetch.robots != "ignore",
+            "fetch.requests_per_s_per_host=null": self.fetch.requests_per_s_per_host is not None,
+            "fetch.contact=null": self.fetch.contact is not None,
+        }
+        needed = " ".join(setting for setting, is_needed in asked.items() if is_needed)
+        if not needed:
+            return []
+        return [
+            "fetch.engine=img2dataset: has no guard against internal addresses, no limit per host and reads neither "
+            f"robots.txt nor tdm-reservation; to go without, set {needed}, or leave fetch.engine at pairmill"
+        ]
 
     def _curate_relations(self) -> list[str]:
         curate, problems = self.curate, []

@@ -36,7 +36,12 @@ class Reason(StrEnum):
         "forbidden_address",
         "the host, or a redirect's, has a loopback, private or special address",
     )
-    DNS_FAILURE = "dns_failure", "the host's name could not be resolved", True
+    ROBOTS_DISALLOWED = "robots_disallowed", "the site's robots.txt does not allow the request"
+    ROBOTS_UNAVAILABLE = "robots_unavailable", "the site could not say what its robots.txt allows", True
+    OPTED_OUT = "opted_out", "the site reserves the use of the image, in a header or in tdmrep.json"
+    HOST_BUSY = "host_busy", "the host's turn did not come in time: too many requests to it were waiting", True
+    UNKNOWN_HOST = "unknown_host", "the host's name does not exist"
+    DNS_FAILURE = "dns_failure", "the host's name could not be resolved for the moment", True
     CONNECTION_FAILED = (
         "connection_failed",
         "the connection was refused, reset or closed without an answer",
@@ -44,6 +49,11 @@ class Reason(StrEnum):
     )
     TLS_FAILURE = "tls_failure", "the server's certificate or TLS handshake is not acceptable"
     TIMEOUT = "timeout", "the server was too slow", True
+    HOST_UNAVAILABLE = (
+        "host_unavailable",
+        "the host failed again and again, or asked to wait for too long; it was left alone",
+        True,
+    )
     TOO_MANY_REDIRECTS = "too_many_redirects", "the server redirected more often than allowed"
     TOO_LARGE = "too_large", "the body is larger than allowed"
     TRUNCATED = "truncated", "the body ended before its announced length", True
@@ -55,6 +65,9 @@ class Reason(StrEnum):
     TRUNCATED_IMAGE = "truncated_image", "the image ends early"
     UNDECODABLE_IMAGE = "undecodable_image", "the image is damaged or of an unknown variant"
     TOO_MANY_PIXELS = "too_many_pixels", "the image has more pixels than allowed"
+    DECODER_CRASHED = "decoder_crashed", "decoding it crashed, took too long or too much memory"
+    HASH_MISMATCH = "hash_mismatch", "the body does not have the hash that the list gives"
+    BAD_BOXES = "bad_boxes", "the list's boxes to blur are not lists of four numbers"
 
     # Decisions.
     IMAGE_TOO_SMALL = "image_too_small", "the image's shorter side is below the smallest kept"

@@ -1,0 +1,299 @@
+"""One task's side of the ledger: what it holds of each host, and the few batched calls that keep it so.
+
+The engine asks before every request; almost always the answer is here already. Calls to the ledger go out in batches,
+are never waited for, and are one at a time to each shard. Whatever the ledger does, the limits hold: a request begins
+only under a lease that outlives it.
+"""
+
+import logging
+import uuid
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from pipeline.config import FetchConfig
+from pipeline.hosts import Ask, Grant
+from pipeline.ledgers import Answer, Ledgers, Message, Note, lease_of, shard_of
+
+logger = logging.getLogger(__name__)
+
+GATHER_S = 0.001
+"""What the engine asks within so long goes out in one call."""
+REPLY_S = 0.003
+"""How soon an answer of the ledger may be there."""
+FLUSH_S = 0.25
+"""Slots that are no longer needed go back with the next call, or alone after so long."""
+REFRESH_S = 1.0
+"""How often hosts with requests under way are mentioned: others may be waiting for a share."""
+IDLE_S = 2.0
+"""A slot that was not used for so long goes back."""
+POLL_S = (0.02, 0.5)
+"""How soon and, in the end, how often to ask again for a slot that others have."""
+WINDOW_PER_CONNECTION = 4
+"""Hosts for which slots are asked ahead of need, a connection."""
+LATER_S = 0.25
+FAILED_S = 0.5
+
+
+@dataclass(slots=True)
+class _Door:
+    """A host as this task sees it. `until`: requests may begin before then; times are of `time.monotonic`."""
+
+    every_s: float = 0.0
+    granted: int = 0
+    until: float = 0.0
+    busy: int = 0
+    waiting: set[str] = field(default_factory=set)
+    starts: "deque[float] | None" = None
+    """When requests may begin, each within `spacing_s`; None if the host has no rate."""
+    spacing_s: float = 0.0
+    asked_at: float = 0.0
+    told_at: float = 0.0
+    next_poll: float = 0.0
+    poll_s: float = POLL_S[0]
+    moved_at: float = 0.0
+    """When a request began, or a wait."""
+
+    def may_start(self, now: float) -> bool:
+        if self.busy >= self.granted or now >= self.until:
+            return False
+        if self.starts is None:
+            return True
+        while self.starts and self.starts[0] + self.spacing_s < now:
+            self.starts.popleft()  # a start that is late would crowd the next one, which may be another task's
+        return bool(self.starts and self.starts[0] <= now)
+
+    def lacks(self, limit: int, now: float) -> bool:
+        """Whether the ledger could give what is missing for another request."""
+        if now < self.next_poll:
+            return False
+        return now >= self.until or self.granted <= self.busy < limit or (self.starts is not None and not self.starts)
+
+
+@dataclass(slots=True)
+class _Line:
+    """The way to one shard: what is to be told, and the call under way."""
+
+    dirty: dict[str, None] = field(default_factory=dict)
+    dirty_since: float = 0.0
+    is_urgent: bool = False
+    questions: set[str] = field(default_factory=set)
+    notes: dict[str, Note] = field(default_factory=dict)
+    call: "Future[Answer] | None" = None
+    told: dict[str, Ask] = field(default_factory=dict)
+    asked: tuple[str, ...] = ()
+    kept: dict[str, Note] = field(default_factory=dict)
+    sent_at: float = float("-inf")
+    quiet_until: float = float("-inf")
+
+
+class Turnstile:
+    """Slots and start times of hosts for one fetch task. Not thread-safe; no method blocks but `close`, briefly."""
+
+    def __init__(self, ledgers: Ledgers, config: FetchConfig) -> None:
+        self._ledgers = ledgers
+        self._limit = config.connections_per_host
+        self._wait_s = config.host_wait_s
+        self._usable_s = lease_of(config) - config.timeout_s
+        self._window = WINDOW_PER_CONNECTION * config.connections
+        self._holder = uuid.uuid4().hex[:12]
+        self._doors: dict[str, _Door] = {}
+        self._lines = [_Line() for _ in range(ledgers.num_shards)]
+        self._notes: dict[str, Note | None] = {}
+        self._num_waiting = 0
+        self._next_tour = 0.0
+        self.num_calls = 0
+
+    def ask(self, url: str, host: str, now: float, every_s: float = 0.0) -> float | None:
+        """0.0: a request to the host may begin, and counts until `done`. Else seconds to wait.
+
+        None: no request of ours to this host could begin for `fetch.host_wait_s`. every_s: least time between two
+        requests, as the host wishes it.
+        """
+        door = self._doors.get(host)
+        if door is None:
+            if len(self._doors) >= self._window:
+                self._exchange(now)
+                if len(self._doors) >= self._window:
+                    return LATER_S
+            door = self._doors[host] = _Door(moved_at=now, every_s=every_s)
+        if not door.waiting and not door.busy:
+            door.moved_at = now
+        door.asked_at = now
+        door.every_s = every_s
+        if url not in door.waiting:
+            door.waiting.add(url)
+            self._num_waiting += 1
+        if not door.may_start(now):
+            if door.lacks(self._limit, now) and host not in self._line(host).told:
+                self._mark(host, now, urgent=True)
+            self._exchange(now)
+        if door.may_start(now):
+            self._begin(door, url, now)
+            return 0.0
+        if not door.busy and now - door.moved_at > self._wait_s:
+            self._forget(door, url)
+            self._mark(host, now)
+            return None
+        return self._delay(host, door, now)
+
+    def done(self, host: str, now: float) -> None:
+        """A request that was let go has ended."""
+        door = self._doors[host]
+        door.busy -= 1
+        if not door.waiting or door.granted < door.busy:  # who waits asks often, else nothing else may send it soon
+            self._mark(host, now, urgent=not self._num_waiting)
+        self._exchange(now)
+
+    def note(self, url: str, now: float) -> Note | None:
+        """What the cluster knows of a site's file; see `is_asking` for whether None is an answer."""
+        if url not in self._notes:
+            self._notes[url] = None
+            line = self._line(urlsplit(url).hostname or "")
+            line.questions.add(url)
+            self._urge(line, now)
+        self._exchange(now)
+        return self._notes[url]
+
+    def is_asking(self, url: str) -> bool:
+        """Whether the cluster's answer about a file is still on its way."""
+        line = self._line(urlsplit(url).hostname or "")
+        return url in line.questions or url in line.asked
+
+    def keep(self, url: str, note: Note, now: float) -> None:
+        """Tell the cluster, and ourselves, what a file says."""
+        self._notes[url] = note
+        line = self._line(urlsplit(url).hostname or "")
+        line.notes[url] = note
+        self._urge(line, now)
+        self._exchange(now)
+
+    def close(self) -> None:
+        """Give everything back, without waiting for an answer."""
+        for index, line in enumerate(self._lines):
+            hosts = [host for host in self._doors if self._line(host) is line]
+            if hosts or line.notes:
+                self._ledgers.send(index, Message(self._holder, {host: Ask(0) for host in hosts}, (), line.notes))
+        self._doors.clear()
+
+    def _begin(self, door: _Door, url: str, now: float) -> None:
+        door.busy += 1
+        self._forget(door, url)
+        door.moved_at = now
+        door.poll_s = POLL_S[0]
+        if door.starts is not None:
+            door.starts.popleft()
+
+    def _forget(self, door: _Door, url: str) -> None:
+        if url in door.waiting:
+            door.waiting.remove(url)
+            self._num_waiting -= 1
+
+    def _delay(self, host: str, door: _Door, now: float) -> float:
+        """When to ask again for a host whose turn has not come."""
+        line = self._line(host)
+        if host in line.dirty or host in line.told:
+            return REPLY_S
+        if door.starts:
+            return max(REPLY_S, door.starts[0] - now)
+        return max(REPLY_S, min(door.next_poll, door.until) - now)
+
+    def _mark(self, host: str, now: float, *, urgent: bool = False) -> None:
+        line = self._line(host)
+        if not line.dirty:
+            line.dirty_since = now
+        line.dirty[host] = None
+        if urgent:
+            self._urge(line, now)
+
+    @staticmethod
+    def _urge(line: _Line, now: float) -> None:
+        if not line.is_urgent:
+            line.is_urgent = True
+            line.dirty_since = now
+
+    def _line(self, host: str) -> _Line:
+        return self._lines[shard_of(host, len(self._lines))]
+
+    def _exchange(self, now: float) -> None:
+        """Take in answers that have come and send what is due."""
+        if now >= self._next_tour:
+            self._next_tour = now + REFRESH_S / 2
+            self._tour(now)
+        for index, line in enumerate(self._lines):
+            self._take(line, now)
+            if self._is_due(line, now):
+                self._send(index, line, now)
+                self._take(line, now)
+
+    def _is_due(self, line: _Line, now: float) -> bool:
+        if line.call is not None or now < line.quiet_until or not (line.dirty or line.is_urgent):
+            return False
+        gather_s = 0.0 if self._ledgers.answers_at_once else GATHER_S
+        return now - line.dirty_since >= (gather_s if line.is_urgent else FLUSH_S)
+
+    def _tour(self, now: float) -> None:
+        """Mention hosts that are in use, and those that no longer are."""
+        for host, door in self._doors.items():
+            if door.busy:
+                if now - door.told_at >= REFRESH_S:
+                    self._mark(host, now)
+            elif now - door.asked_at >= IDLE_S:
+                self._num_waiting -= len(door.waiting)
+                door.waiting.clear()
+                self._mark(host, now)
+
+    def _send(self, index: int, line: _Line, now: float) -> None:
+        told = {}
+        for host in line.dirty:
+            if door := self._doors.get(host):
+                wanted = door.busy
+                if door.waiting:  # twice as many as before: an engine may show its jobs one at a time
+                    wanted = min(self._limit, door.busy + max(door.busy, len(door.waiting)))
+                starts = max(0, len(door.waiting) - len(door.starts or ()))
+                told[host] = Ask(wanted, door.busy, starts, door.every_s)
+                door.granted = min(door.granted, wanted)  # what is given back is not used while the call is under way
+                door.told_at = now
+        message = Message(self._holder, told, tuple(line.questions), line.notes)
+        line.told, line.asked, line.kept = told, message.questions, line.notes
+        line.dirty, line.questions, line.notes, line.is_urgent = {}, set(), {}, False
+        line.sent_at = now
+        line.call = self._ledgers.send(index, message)
+        self.num_calls += 1
+
+    def _take(self, line: _Line, now: float) -> None:
+        """The answer of the call under way, if it has come."""
+        if line.call is None or not line.call.done():
+            return
+        call, told, line.call, line.told = line.call, line.told, None, {}
+        asked, line.asked = line.asked, ()
+        try:
+            answer = call.result()
+        except Exception as error:  # whatever Ray says of an actor that is being started again
+            logger.warning("the ledger of hosts does not answer, asking again: %s", type(error).__name__)
+            line.quiet_until = now + FAILED_S
+            line.questions.update(asked)
+            line.notes = line.kept | line.notes
+            for host in told:
+                self._mark(host, now)
+            self._urge(line, now)
+            return
+        for url in asked:
+            self._notes[url] = answer.notes.get(url, self._notes.get(url))
+        for host, grant in answer.grants.items():
+            self._apply(host, grant, told[host], line.sent_at, now)
+
+    def _apply(self, host: str, grant: Grant, ask: Ask, sent_at: float, now: float) -> None:
+        door = self._doors[host]
+        door.granted = grant.slots
+        door.until = sent_at + self._usable_s
+        if grant.every_s:
+            door.spacing_s = grant.every_s
+            door.starts = door.starts or deque()
+            door.starts.extend(now + grant.first_s + place * grant.every_s for place in range(grant.starts))
+        if grant.slots < ask.wanted or grant.starts < ask.starts:
+            door.poll_s = min(POLL_S[1], door.poll_s * 2)
+            door.next_poll = now + door.poll_s
+        if not (door.busy or door.waiting or door.granted):
+            del self._doors[host]
