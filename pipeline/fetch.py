@@ -25,18 +25,24 @@ FETCHED columns: uid, order, url, caption, num_rows as in the plan (pipeline.pla
     mean_red, mean_green, mean_blue   float   0 to 255
     image_offset     int64    where the image's bytes begin in images.tar
     image_size       int64    their number
-    attempts         int32    requests made, 0 for rows that were not downloaded
-    seconds          float    of all attempts, without the waits between them
+    attempts         int32    times that the URL was asked for, 0 for rows that were not downloaded
+    received_bytes   int64    of all attempts' bodies, as they came over the network
+    dns_seconds, connect_seconds, tls_seconds   float   of the last request; 0 on a connection that was open
+    first_byte_seconds   float   of the last request, from its sending to its answer; null if there was none
+    http_version     string   1.0, 1.1 or 2; null if there was no answer
+    server_address   string   IP address of the last request's connection; null if there was none
+    seconds          float    of all attempts, without the waits between them; the last of our columns
 then the list's extra columns. Columns of the body are null if there was
 none, columns of the image are null unless status is "ok".
 
-`attempts`, `seconds`, `detail`, `final_url` and the order of images.tar depend on the moment: keep them out of
-published shards. Everything else is a function of the responses.
+`attempts`, `received_bytes` and what follows them, `detail`, `final_url` and the order of images.tar depend on the
+moment: keep them out of published shards. Everything else is a function of the responses.
 """
 
+import contextlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from hashlib import sha256
 from typing import Any
@@ -48,6 +54,7 @@ import pyarrow.parquet as pq
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
+from pipeline.admission import admission_of
 from pipeline.config import BuildConfig, FetchConfig, ImageConfig
 from pipeline.decode import ImageError
 from pipeline.exif import exif_json
@@ -57,9 +64,9 @@ from pipeline.plan import PLANNED
 from pipeline.tar import TarWriter
 from pipeline.transfer import Response
 
-POLL_S = 0.2
-BUSY_POLL_S = 0.005
-"""While images are being decoded: how long the network may keep a finished one waiting."""
+POLL_S = 1.0
+BACKLOG = 64
+"""Bodies that wait for a decoder: with so many, no download begins."""
 
 FETCHED = pa.schema(
     [
@@ -86,10 +93,17 @@ FETCHED = pa.schema(
         pa.field("image_offset", pa.int64()),
         pa.field("image_size", pa.int64()),
         pa.field("attempts", pa.int32()),
+        pa.field("received_bytes", pa.int64()),
+        pa.field("dns_seconds", pa.float32()),
+        pa.field("connect_seconds", pa.float32()),
+        pa.field("tls_seconds", pa.float32()),
+        pa.field("first_byte_seconds", pa.float32()),
+        pa.field("http_version", pa.string()),
+        pa.field("server_address", pa.string()),
         pa.field("seconds", pa.float32()),
     ]
 )
-"""Columns of rows.parquet; the list's extra columns follow."""
+"""Columns of rows.parquet; the list's extra columns follow `seconds`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,18 +199,20 @@ def _fetch(
     limit_bytes = fetch.memory_mib * 2**20 // 4
     decoding: deque[tuple[int, Future[tuple[Outcome, Processed | None]]]] = deque()
     waiting_bytes = 0
-    with Downloader(fetch) as downloader, ThreadPoolExecutor(fetch.decode_threads, "decode") as pool:
+    with (
+        contextlib.closing(admission_of(fetch)) as admission,
+        Downloader(fetch, admission) as downloader,
+        ThreadPoolExecutor(fetch.decode_threads, "decode") as pool,
+    ):
         for index, url in wanted:
             downloader.submit(index, url)
         while downloader.num_open or decoding:
-            if downloader.num_open:
-                poll_s = BUSY_POLL_S if decoding else POLL_S
-                for response in downloader.poll(poll_s, limit_bytes - waiting_bytes):
-                    future = pool.submit(_outcome, response, image)
-                    decoding.append((len(response.body), future))
-                    waiting_bytes += len(response.body)
-            else:
-                wait([decoding[0][1]])
+            ended = downloader.poll(POLL_S, limit_bytes - waiting_bytes, may_start=len(decoding) < BACKLOG)
+            for response in ended:
+                future = pool.submit(_outcome, response, image)
+                future.add_done_callback(lambda _: downloader.wake())
+                decoding.append((len(response.body), future))
+                waiting_bytes += len(response.body)
             while decoding and decoding[0][1].done():
                 size_bytes, future = decoding.popleft()
                 waiting_bytes -= size_bytes
@@ -231,7 +247,7 @@ def _with_outcomes(planned: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
         values = [outcome.get(field.name) for outcome in outcomes]
         if field.name not in PLANNED.names:
             columns[field.name] = pa.array(values, field.type)
-        elif field.name in ("reason", "detail"):  # the plan's stays, where it has one
+        elif field.name in ("reason", "rule", "detail"):  # the plan's stays, where it has one
             columns[field.name] = pc.coalesce(planned[field.name], pa.array(values, field.type))
         else:
             columns[field.name] = planned[field.name]

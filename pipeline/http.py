@@ -1,44 +1,55 @@
 """Many downloads at once in one thread: a native event loop (libcurl's multi interface over epoll).
 
 Connections, TLS sessions, the certificate store and DNS answers are shared by all transfers of a `Downloader`.
-Every connection, on every redirect, is opened by us, so that its real address can be refused: a name that changes its
-address between a check and the connection gains nothing.
+Every connection is opened by us, so that its real address can be refused: a name that changes its address between a
+check and the connection gains nothing. Redirects are followed here, not by libcurl: each hop is a request like any
+other, with the limits of its own host.
+
+What fails transiently is tried again after a back-off while others go on; a host that keeps failing is left alone
+(pipeline.host_queue). Nothing here waits for the end of anything but the network.
 """
 
 import heapq
 import socket
 import time
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import pycurl
 
+from pipeline.admission import Admission, Ended, Need, Refusal, Unrestricted
+from pipeline.backoff import backoff_s
 from pipeline.config import FetchConfig
 from pipeline.event_loop import EventLoop
+from pipeline.host_queue import HostQueue
 from pipeline.reasons import Reason, is_transient
 from pipeline.transfer import Job, Meter, Response, Transfer
 from pipeline.urls import UrlError, clean_url
 
 EVICT_MIN_BYTES = 2**20
-RESOLVER_THREADS = 4
+RESOLVER_THREADS = 8
+RESOLVER_POLL_S = 0.05
+TOO_MANY_REQUESTS = 429
+NEEDED_MAX_BYTES = 2**19
+"""Of a robots.txt: RFC 9309 asks for at least 500 KiB."""
 
 
 class Downloader:
-    """Submit URLs, then `poll` until `num_open` is 0. Not thread-safe; close it, or use it as a context manager.
+    """Submit URLs, then `poll` until `num_open` is 0. Not thread-safe but for `wake`; close it, or use it in `with`."""
 
-    Transient failures are repeated after a back-off while others go on; permanent ones never are.
-    """
-
-    def __init__(self, config: FetchConfig) -> None:
+    def __init__(self, config: FetchConfig, admission: Admission | None = None) -> None:
         self._config = config
+        self._admission = admission or Unrestricted()
         self._num_open = 0
         self._meter = Meter()
+        self._hosts: dict[str, HostQueue] = {}
         self._ready: deque[Job] = deque()
-        self._parked: dict[str, deque[Job]] = {}  # jobs of hosts that have all the transfers they may have
-        self._later: list[tuple[float, int, Job]] = []  # heap by the time when they may be tried again
+        self._alarms: list[tuple[float, int, Job | HostQueue]] = []  # a heap: when to look at what again
+        self._num_alarms = self._num_backing_off = 0
         self._lookups: list[tuple[Future[bool], Job, Response]] = []
-        self._num_active: Counter[str] = Counter()
+        self._needs: set[str] = set()
         self._transfers: dict[pycurl.Curl, Transfer] = {}
         self._idle: list[Transfer] = []
         self._finished: list[Response] = []
@@ -64,25 +75,28 @@ class Downloader:
     def submit(self, index: int, url: str) -> None:
         """Queue a download; its response carries the same index."""
         self._num_open += 1
-        try:
-            target = clean_url(url)
-        except UrlError as error:
-            self._finished.append(_refused(index, error.reason, str(error)))
-            return
-        self._ready.append(Job(index=index, url=target, host=urlsplit(target).hostname or ""))
+        job = Job(index=index, start_url=url, max_bytes=self._config.max_bytes)
+        if self._aim(job, url):
+            self._ready.append(job)
 
-    def poll(self, timeout_s: float, limit_bytes: int) -> list[Response]:
+    def wake(self) -> None:
+        """End the wait of `poll`, now or at its next call. May be called from any thread until `close`."""
+        self._loop.wake()
+
+    def poll(self, timeout_s: float, limit_bytes: int, *, may_start: bool = True) -> list[Response]:
         """Go on for at most `timeout_s` or until something happens; returns what ended.
 
         limit_bytes: memory for bodies. At the limit nothing new starts; above it the transfers that began last are
         given up, and begin again when there is room. One turn of the loop may add 0.7 MB a connection.
         """
-        self._wake(time.monotonic())
+        now = time.monotonic()
+        self._look_again(now)
         held = self.held_bytes
         if held > limit_bytes:
-            self._evict(held - limit_bytes)
-        elif held < limit_bytes:
-            self._start()
+            self._evict(held - limit_bytes, now)
+        elif held < limit_bytes and may_start:
+            self._start(now)
+        self._park_the_hopeless()
         for curl, code, text in self._loop.step(self._wait_s(timeout_s)):
             self._end(self._transfers.pop(curl), code, text)
         finished, self._finished = self._finished, []
@@ -98,39 +112,220 @@ class Downloader:
         self._loop.close()
         self._resolver.shutdown(wait=False, cancel_futures=True)
 
+    # What is to be done when.
+
     def _wait_s(self, timeout_s: float) -> float:
         if self._finished:
             return 0.0
-        if self._later:
-            timeout_s = min(timeout_s, self._later[0][0] - time.monotonic())
-        return max(0.0, min(timeout_s, 0.05 if self._lookups else timeout_s))
+        if self._alarms:
+            timeout_s = min(timeout_s, self._alarms[0][0] - time.monotonic())
+        return max(0.0, min(timeout_s, RESOLVER_POLL_S if self._lookups else timeout_s))
 
-    def _wake(self, now: float) -> None:
+    def _look_again(self, now: float) -> None:
         """Bring back what has waited long enough, and what the resolver has judged."""
-        while self._later and self._later[0][0] <= now:
-            self._ready.append(heapq.heappop(self._later)[2])
+        while self._alarms and self._alarms[0][0] <= now:
+            due = heapq.heappop(self._alarms)[2]
+            if isinstance(due, Job):
+                self._num_backing_off -= 1
+                self._ready.append(due)
+            else:
+                due.alarm = None
+                self._advance(due, now)
         waiting, self._lookups = self._lookups, []
         for entry in waiting:
             judged, job, response = entry
-            if judged.done():  # asked once: the answer may come at any moment
-                self._retry_or_finish(job, response, may_retry=judged.result())
-            else:
+            if not judged.done():  # asked once: the answer may come at any moment
                 self._lookups.append(entry)
+            elif judged.result():
+                self._conclude(job, response, now)
+            else:
+                host, reason = self._host(job.host), Reason.UNKNOWN_HOST
+                host.given_up = reason, response.detail or reason.sentence
+                self._finish(job, replace(response, reason=reason.value))
+                self._advance(host, now)
 
-    def _start(self) -> None:
-        config = self._config
-        while self._ready and len(self._transfers) < config.connections:
+    def _set_alarm(self, due: float, what: Job | HostQueue) -> None:
+        self._num_alarms += 1
+        self._num_backing_off += isinstance(what, Job)
+        heapq.heappush(self._alarms, (due, self._num_alarms, what))
+
+    def _advance(self, host: HostQueue, now: float) -> None:
+        """Let the next one who waits for a host go on, or look again when that may be possible."""
+        if host.given_up:
+            while host.waiting:
+                self._park(host.waiting.popleft(), *host.given_up)
+        elif job := host.next(self._config, now):
+            self._ready.appendleft(job)
+        elif host.waiting and host.not_before > now:
+            self._look_at(host, host.not_before)
+
+    def _look_at(self, host: HostQueue, due: float) -> None:
+        if host.alarm is None or due < host.alarm:
+            host.alarm = due
+            self._set_alarm(due, host)
+
+    # Beginning.
+
+    def _host(self, name: str) -> HostQueue:
+        host = self._hosts.get(name)
+        if host is None:
+            host = self._hosts[name] = HostQueue(name=name)
+        return host
+
+    def _aim(self, job: Job, url: str) -> bool:
+        """Set a job's next URL; one that cannot be requested ends it."""
+        try:
+            job.url = clean_url(url)
+        except UrlError as error:
+            response = job.last or Response(index=job.index, reason=None, detail=None)
+            self._finish(job, replace(response, reason=error.reason.value, detail=str(error)))
+            return False
+        job.host = urlsplit(job.url).hostname or ""
+        job.start = job.start or (job.url, job.host)
+        return True
+
+    def _start(self, now: float) -> None:
+        """Begin what may begin."""
+        while self._ready and len(self._transfers) < self._loop.max_transfers:
             job = self._ready.popleft()
-            if self._num_active[job.host] >= config.connections_per_host:
-                self._parked.setdefault(job.host, deque()).append(job)
-                continue
-            transfer = self._idle.pop() if self._idle else Transfer(config, self._meter)
-            transfer.begin(job)
-            self._num_active[job.host] += 1
-            self._transfers[transfer.curl] = transfer
-            self._loop.add(transfer.curl)
+            host = self._host(job.host)
+            if host.given_up:
+                self._park(job, *host.given_up)
+            elif not host.has_room(self._config, now) or (host.num_needs and not job.is_needed):
+                self._queue(job, host)
+                if host.not_before > now:
+                    self._look_at(host, host.not_before)
+            else:
+                self._ask(job, host, now)
 
-    def _evict(self, excess_bytes: int) -> None:
+    def _ask(self, job: Job, host: HostQueue, now: float) -> None:
+        verdict = self._admission.ask(job.url, job.host, now)
+        if isinstance(verdict, Need):
+            self._fetch_needed(verdict.url, host)
+            self._queue(job, host)
+        elif isinstance(verdict, Refusal):
+            last = job.last or Response(index=job.index, reason=None, detail=None)
+            refused = replace(last, reason=verdict.reason.value, rule=verdict.rule, detail=verdict.detail)
+            self._finish(job, refused)
+            self._advance(host, now)
+        elif verdict > 0:
+            host.waiting.appendleft(job)
+            self._look_at(host, now + verdict)
+        else:
+            self._begin(job, host)
+            self._advance(host, now)
+
+    def _queue(self, job: Job, host: HostQueue) -> None:
+        if job.is_needed:
+            host.waiting.appendleft(job)
+        else:
+            host.waiting.append(job)
+
+    def _begin(self, job: Job, host: HostQueue) -> None:
+        if not job.num_redirects:
+            job.attempts += 1
+        transfer = self._idle.pop() if self._idle else Transfer(self._config, self._meter, self._admission)
+        transfer.begin(job)
+        host.num_active += 1
+        self._transfers[transfer.curl] = transfer
+        self._loop.add(transfer.curl)
+
+    def _fetch_needed(self, url: str, host: HostQueue) -> None:
+        """Fetch what the admission needs, once; those who wait for `host` wait for it too."""
+        if url not in self._needs:
+            self._needs.add(url)
+            host.num_needs += 1
+            job = Job(index=-1, start_url=url, max_bytes=NEEDED_MAX_BYTES, needed_by=host.name)
+            if self._aim(job, url):
+                self._ready.appendleft(job)
+
+    # Ending.
+
+    def _end(self, transfer: Transfer, code: int, text: str) -> None:
+        now = time.monotonic()
+        response, redirect, pause_s = transfer.response(code, text), transfer.redirect, transfer.retry_after_s
+        ended = Ended(reason=response.reason, http_status=response.http_status, retry_after_s=pause_s)
+        host = self._release(transfer, ended, now)
+        job = transfer.end()
+        host.has_answered = host.has_answered or response.http_status is not None
+        if redirect is not None:
+            host.succeeded()
+            self._redirect(job, response, redirect)
+        elif response.reason == Reason.DNS_FAILURE:
+            self._lookups.append((self._resolver.submit(_may_resolve_later, job.host), job, response))
+        else:
+            self._conclude(job, response, now, pause_s)
+        self._advance(host, now)
+
+    def _release(self, transfer: Transfer, ended: Ended, now: float) -> HostQueue:
+        """Free a handle and its place at the host."""
+        assert transfer.job is not None
+        self._idle.append(transfer)
+        host = self._host(transfer.job.host)
+        host.num_active -= 1
+        self._admission.done(host.name, ended, now)
+        return host
+
+    def _redirect(self, job: Job, response: Response, target: str) -> None:
+        if job.num_redirects >= self._config.max_redirects:
+            self._finish(job, replace(response, reason=Reason.TOO_MANY_REDIRECTS.value, detail=None))
+            return
+        job.last = response
+        job.num_redirects += 1
+        if self._aim(job, target):
+            self._ready.appendleft(job)
+
+    def _conclude(self, job: Job, response: Response, now: float, pause_s: float | None = None) -> None:
+        """An attempt has ended: finish the job, or have it tried again."""
+        host = self._host(job.host)
+        if response.reason is None or not is_transient(response.reason):
+            host.succeeded()
+            self._finish(job, response)
+            return
+        job.last = response
+        wait_s = backoff_s(self._config.backoff_s, job.start_url, job.attempts)
+        host.failed(response.reason, self._config, now)
+        if pause_s is not None or response.http_status == TOO_MANY_REQUESTS:
+            host.pause(wait_s if pause_s is None else pause_s, self._config, now)
+        if job.attempts > self._config.retries or host.given_up:
+            self._finish(job, response)
+        elif host.is_open or host.not_before > now + wait_s:
+            job.restart()
+            self._queue(job, self._host(job.host))
+            self._advance(self._host(job.host), now)
+        else:
+            job.restart()
+            self._set_alarm(now + wait_s, job)
+
+    def _finish(self, job: Job, response: Response) -> None:
+        if not job.is_needed:
+            self._finished.append(response)
+            return
+        is_told = response.reason in (None, Reason.EMPTY_BODY, Reason.TOO_LARGE, Reason.TOO_MANY_REDIRECTS)
+        is_told = is_told or (response.reason or "").startswith("http_")
+        self._admission.learn(job.start_url, response.http_status if is_told else None, response.body)
+        host = self._host(job.needed_by)
+        host.num_needs -= 1
+        self._advance(host, time.monotonic())
+
+    def _park(self, job: Job, reason: Reason, detail: str) -> None:
+        """End a job whose host is not asked again, with what its own last attempt came to if there was one."""
+        last = job.last or Response(index=job.index, reason=None, detail=None)
+        if last.reason is None or not is_transient(last.reason) or reason == Reason.UNKNOWN_HOST:
+            last = replace(last, reason=reason.value, detail=detail)
+        self._finish(job, last)
+
+    def _park_the_hopeless(self) -> None:
+        """At the end a unit does not wait for hosts that were too slow."""
+        if self._transfers or self._ready or self._lookups or self._num_backing_off:
+            return
+        waiting = [host for host in self._hosts.values() if host.waiting]
+        if all(host.is_down for host in waiting):
+            for host in waiting:
+                host.given_up = Reason.HOST_UNAVAILABLE, "the host was too slow, and nothing else was left to do"
+                self._advance(host, time.monotonic())
+
+    def _evict(self, excess_bytes: int, now: float) -> None:
         """Give up the large transfers that began last, until the excess is gone; one always goes on."""
         large = [transfer for transfer in self._transfers.values() if len(transfer.body) >= EVICT_MIN_BYTES]
         for transfer in reversed(large[1:]):
@@ -139,41 +334,15 @@ class Downloader:
             excess_bytes -= len(transfer.body)
             self._loop.remove(transfer.curl)
             del self._transfers[transfer.curl]
-            job = self._release(transfer)
+            host = self._release(transfer, Ended(reason=None, http_status=None, retry_after_s=None), now)
+            job = transfer.end()
             job.attempts -= 1
+            job.restart()
             self._ready.append(job)
-
-    def _end(self, transfer: Transfer, code: int, text: str) -> None:
-        response = transfer.response(code, text)
-        job = self._release(transfer)
-        if response.reason == Reason.DNS_FAILURE and job.attempts <= self._config.retries:
-            self._lookups.append((self._resolver.submit(_is_temporary, job.host), job, response))
-        else:
-            self._retry_or_finish(job, response, may_retry=response.reason is not None)
-
-    def _retry_or_finish(self, job: Job, response: Response, *, may_retry: bool) -> None:
-        if may_retry and is_transient(response.reason or "") and job.attempts <= self._config.retries:
-            due = time.monotonic() + self._config.backoff_s * 2 ** (job.attempts - 1)
-            heapq.heappush(self._later, (due, job.index, job))
-        else:
-            self._finished.append(response)
-
-    def _release(self, transfer: Transfer) -> Job:
-        """Free a handle and its host's place; the next job of that host may start."""
-        job = transfer.end()
-        self._idle.append(transfer)
-        self._num_active[job.host] -= 1
-        parked = self._parked.get(job.host)
-        if parked:
-            self._ready.appendleft(parked.popleft())
-        if not parked:
-            self._parked.pop(job.host, None)
-        if not self._num_active[job.host]:
-            del self._num_active[job.host]
-        return job
+            self._advance(host, now)
 
 
-def _is_temporary(host: str) -> bool:
+def _may_resolve_later(host: str) -> bool:
     """Whether a name that did not resolve may do so later: not if its servers say that it does not exist."""
     try:
         socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -182,17 +351,3 @@ def _is_temporary(host: str) -> bool:
     except (OSError, UnicodeError):
         return False
     return True
-
-
-def _refused(index: int, reason: Reason, detail: str) -> Response:
-    return Response(
-        index=index,
-        reason=reason.value,
-        detail=detail,
-        http_status=None,
-        final_url=None,
-        num_redirects=0,
-        body=b"",
-        attempts=0,
-        seconds=0.0,
-    )

@@ -1,21 +1,30 @@
-"""One attempt at one download: a libcurl handle, how it is set up, and what its end means."""
+"""One request: a libcurl handle, how it is set up, what it takes of an answer, and what its end means."""
 
 import contextlib
 import os
 import socket
 import ssl
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pycurl
 
-from pipeline.addresses import is_public
+from pipeline.addresses import is_inside, is_public
+from pipeline.admission import Admission, Headers, Refusal
+from pipeline.backoff import retry_after_s
 from pipeline.config import FetchConfig
 from pipeline.reasons import Reason, http_reason
 
 RECEIVE_BYTES = 2**16
+MAX_HEADER_BYTES = 2**16
+"""Of one answer, with its trailers and everything before it."""
+UNREAD_BYTES = 2**16
+"""Of a body that is of no use: reading this much keeps the connection, more is not worth it."""
 
 # libcurl's error numbers that mean one thing to us; 92, 95 and 100 have no name in pycurl.
 _REASONS: dict[int, Reason] = {
@@ -27,7 +36,6 @@ _REASONS: dict[int, Reason] = {
     pycurl.E_PARTIAL_FILE: Reason.TRUNCATED,
     pycurl.E_OPERATION_TIMEDOUT: Reason.TIMEOUT,
     pycurl.E_SSL_CONNECT_ERROR: Reason.TLS_FAILURE,
-    pycurl.E_TOO_MANY_REDIRECTS: Reason.TOO_MANY_REDIRECTS,
     pycurl.E_GOT_NOTHING: Reason.CONNECTION_FAILED,
     pycurl.E_SEND_ERROR: Reason.CONNECTION_FAILED,
     pycurl.E_RECV_ERROR: Reason.CONNECTION_FAILED,
@@ -43,139 +51,283 @@ _REASONS: dict[int, Reason] = {
 }
 
 
+_TIMES = (
+    *(pycurl.TOTAL_TIME_T, pycurl.NAMELOOKUP_TIME_T, pycurl.CONNECT_TIME_T),
+    *(pycurl.APPCONNECT_TIME_T, pycurl.PRETRANSFER_TIME_T, pycurl.STARTTRANSFER_TIME_T),
+)
+"""Microseconds from the start to the end, and to the end of each phase; 0 for phases that were not reached."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Response:
     """How a download ended. `reason` is None when `body` is a complete 2xx body that is not empty.
 
-    seconds: of all attempts, without the waits between them.
+    seconds: of all attempts, without the waits between them. The four other times are of the last request; those of
+    its connection are 0 when it used one that was open. received_bytes: of all bodies, as they came over the network.
     """
 
     index: int
     reason: str | None
+    rule: str | None = None
     detail: str | None
-    http_status: int | None
-    final_url: str | None
-    num_redirects: int
-    body: bytes
-    attempts: int
-    seconds: float
+    http_status: int | None = None
+    http_version: str | None = None
+    final_url: str | None = None
+    server_address: str | None = None
+    num_redirects: int = 0
+    body: bytes = b""
+    attempts: int = 0
+    received_bytes: int = 0
+    seconds: float = 0.0
+    dns_seconds: float | None = None
+    connect_seconds: float | None = None
+    tls_seconds: float | None = None
+    first_byte_seconds: float | None = None
 
 
 @dataclass(kw_only=True)
 class Job:
-    """A download that is wanted, and what its attempts so far took."""
+    """A download that is wanted, and what its requests so far took."""
 
     index: int
-    url: str
-    host: str
+    start_url: str
+    max_bytes: int
+    needed_by: str = ""
+    """The host whose requests wait for this one, if the admission wants it and not the user."""
+    url: str = ""
+    """Of the next request: of the start, or where a redirect leads."""
+    host: str = ""
+    start: tuple[str, str] | None = None
+    """The first url and host."""
     attempts: int = 0
+    num_redirects: int = 0
     seconds: float = 0.0
+    attempt_seconds: float = 0.0
+    received_bytes: int = 0
+    http_status: int | None = None
+    final_url: str | None = None
+    last: Response | None = None
+    """How the request before ended."""
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(self.needed_by)
+
+    def restart(self) -> None:
+        """The next request is the first of another attempt."""
+        assert self.start is not None
+        self.url, self.host = self.start
+        self.num_redirects, self.attempt_seconds = 0, 0.0
+        self.http_status = self.final_url = None
 
 
+@dataclass(kw_only=True)
 class Meter:
     """Bytes of bodies that all transfers of a downloader hold."""
 
-    held_bytes = 0
+    held_bytes: int = 0
+
+
+@dataclass(kw_only=True)
+class _Answer:
+    """What has come so far of one answer."""
+
+    header_bytes: int = 0
+    lines: list[bytes] = field(default_factory=list)
+    status: int | None = None
+    headers: Headers = field(default_factory=dict)
+    body: bytearray = field(default_factory=bytearray)
+    unread_bytes: int = 0
+    stopped: Reason | Refusal | None = None
+    """Why we broke it off."""
+    is_forbidden: bool = False
 
 
 class Transfer:
-    """A reusable handle and what it has received for one attempt."""
+    """A reusable handle and what it receives for one request."""
 
-    def __init__(self, config: FetchConfig, meter: Meter) -> None:
-        self.body = bytearray()
-        self._meter = meter
+    def __init__(self, config: FetchConfig, meter: Meter, admission: Admission) -> None:
         self._config = config
-        self._job: Job | None = None
-        self._is_forbidden = self._is_too_large = False
-        self.curl = _configured(config)
-        self.curl.setopt(pycurl.WRITEFUNCTION, self._write)
+        self._meter = meter
+        self._admission = admission
+        self._answer = _Answer()
+        self.job: Job | None = None
+        self.curl = configured(config)
+        self.curl.setopt(pycurl.HEADERFUNCTION, self._take_header)
+        self.curl.setopt(pycurl.WRITEFUNCTION, self._take_body)
         if not config.allow_private_addresses:
             self.curl.setopt(pycurl.OPENSOCKETFUNCTION, self._open_socket)
 
+    @property
+    def body(self) -> bytearray:
+        """What has come so far of a body that is wanted."""
+        return self._answer.body
+
+    @property
+    def redirect(self) -> str | None:
+        """Where the answer sends us, not yet checked."""
+        location = self._answer.headers.get("location") if 300 <= (self._answer.status or 0) < 400 else None
+        assert self.job is not None
+        return urljoin(self.job.url, location[-1]) if location else None
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """How long the server asks us to wait, if it does."""
+        value = self._answer.headers.get("retry-after") if self._answer.status in (429, 503) else None
+        return retry_after_s(value[-1], datetime.now(UTC)) if value else None
+
     def begin(self, job: Job) -> None:
-        self._job = job
-        job.attempts += 1
-        self.body = bytearray()
-        self._is_forbidden = self._is_too_large = False
+        self.job = job
+        self._answer = _Answer()
         self.curl.setopt(pycurl.URL, job.url)
+        # Rather a stream of a connection that is being made than one more. Without TLS it would wait for a first answer.
+        self.curl.setopt(pycurl.PIPEWAIT, int(job.url.startswith("https:")))
+        left_s = max(0.001, self._config.timeout_s - job.attempt_seconds)
+        self.curl.setopt(pycurl.TIMEOUT_MS, max(1, round(left_s * 1_000)))
 
     def end(self) -> Job:
-        assert self._job is not None
-        self._meter.held_bytes -= len(self.body)
-        job, self._job, self.body = self._job, None, bytearray()
+        assert self.job is not None
+        self._meter.held_bytes -= len(self._answer.body)
+        job, self.job, self._answer = self.job, None, _Answer()
         return job
 
     def response(self, code: int, text: str) -> Response:
-        """What this attempt came to; `code` is libcurl's error number, 0 for none."""
-        job, curl = self._job, self.curl
+        """What this request came to; `code` is libcurl's error number, 0 for none."""
+        job, curl, answer = self.job, self.curl, self._answer
         assert job is not None
-        job.seconds += float(curl.getinfo(pycurl.TOTAL_TIME))
-        status = int(curl.getinfo(pycurl.RESPONSE_CODE)) or None
-        reason = self._reason(code, text, status)
+        total, resolved, connected, secured, asked, answered = (int(curl.getinfo(time)) / 1e6 for time in _TIMES)
+        job.seconds += total
+        job.attempt_seconds += total
+        job.received_bytes += int(curl.getinfo(pycurl.SIZE_DOWNLOAD_T))
+        reason, rule, detail = self._verdict(code, text)
+        if answer.status is not None:
+            job.http_status, job.final_url = answer.status, job.url
+        version = answer.lines[0].split()[0].removeprefix(b"HTTP/").decode("latin-1") if answer.status else None
         return Response(
             index=job.index,
             reason=reason,
-            detail=text.encode("utf-8", "replace").decode() if reason and text else None,
-            http_status=status,
-            final_url=curl.getinfo_raw(pycurl.EFFECTIVE_URL).decode("utf-8", "replace") if status else None,
-            num_redirects=int(curl.getinfo(pycurl.REDIRECT_COUNT)),
-            body=bytes(self.body) if reason is None else b"",
+            rule=rule,
+            detail=detail,
+            http_status=job.http_status,
+            http_version=version,
+            final_url=job.final_url,
+            server_address=curl.getinfo(pycurl.PRIMARY_IP) or None,
+            num_redirects=job.num_redirects,
+            body=bytes(answer.body) if reason is None or job.is_needed else b"",
             attempts=job.attempts,
+            received_bytes=job.received_bytes,
             seconds=round(job.seconds, 4),
+            dns_seconds=round(resolved, 4),
+            connect_seconds=round(max(0.0, connected - resolved), 4),
+            tls_seconds=round(max(0.0, secured - connected), 4),
+            first_byte_seconds=round(max(0.0, answered - asked), 4) if answered else None,
         )
 
-    def _reason(self, code: int, text: str, status: int | None) -> str | None:
-        if self._is_forbidden and code == pycurl.E_COULDNT_CONNECT:
-            return Reason.FORBIDDEN_ADDRESS.value
-        is_final = code not in (pycurl.E_TOO_MANY_REDIRECTS, pycurl.E_UNSUPPORTED_PROTOCOL)
-        if status is not None and is_final and (status >= 400 or (code == 0 and not 200 <= status < 300)):
-            return http_reason(status)
-        if self._is_too_large:
-            return Reason.TOO_LARGE.value
+    def _verdict(self, code: int, text: str) -> tuple[str | None, str | None, str | None]:
+        """(reason, rule, detail), reason None for a complete 2xx body."""
+        answer = self._answer
+        stopped = answer.stopped
+        if isinstance(stopped, Refusal):
+            return stopped.reason.value, stopped.rule, stopped.detail
+        detail = text.encode("utf-8", "replace").decode() or None
+        if stopped is None and answer.status is not None and not 200 <= answer.status < 300:
+            return http_reason(answer.status), None, detail
+        if stopped is not None:
+            return stopped.value, None, detail
+        if code == pycurl.E_COULDNT_CONNECT and answer.is_forbidden:
+            return Reason.FORBIDDEN_ADDRESS.value, None, detail
         if "HTTP/0.9" in text or "response headers" in text:  # no status line, or 300 KB of headers
-            return Reason.BAD_RESPONSE.value
+            return Reason.BAD_RESPONSE.value, None, detail
         if code:
-            return _REASONS.get(code, Reason.CONNECTION_FAILED).value
-        return None if self.body else Reason.EMPTY_BODY.value
+            return _REASONS.get(code, Reason.CONNECTION_FAILED).value, None, detail
+        return (None, None, None) if answer.body else (Reason.EMPTY_BODY.value, None, None)
 
-    def _write(self, data: bytes) -> int | None:
-        if len(self.body) + len(data) > self._config.max_bytes:
-            self._is_too_large = True
+    def _take_header(self, line: bytes) -> int | None:
+        """One line of a status, of headers or of trailers; -1 breaks the transfer off."""
+        answer = self._answer
+        answer.header_bytes += len(line)
+        if answer.header_bytes > MAX_HEADER_BYTES:
+            answer.stopped = Reason.BAD_RESPONSE
             return -1
-        self.body += data
+        if answer.status is not None:  # a trailer
+            return None
+        if line not in (b"\r\n", b"\n"):
+            answer.lines.append(line)
+            return None
+        words = answer.lines[0].split(None, 2) if answer.lines else []
+        if len(words) < 2 or not words[1].isdigit() or words[1].startswith(b"1"):
+            answer.lines.clear()  # of a 1xx: the answer itself is still to come
+            return None
+        answer.status = int(words[1])
+        answer.headers = parse_headers(answer.lines[1:])
+        if 200 <= answer.status < 300 and self.job is not None and not self.job.is_needed:
+            answer.stopped = self._admission.judge(self.job.url, answer.headers)
+        return -1 if answer.stopped else None
+
+    def _take_body(self, data: bytes) -> int | None:
+        answer = self._answer
+        assert self.job is not None
+        if answer.status is None or not 200 <= answer.status < 300:
+            answer.unread_bytes += len(data)
+            return -1 if answer.unread_bytes > UNREAD_BYTES else None
+        if len(answer.body) + len(data) > self.job.max_bytes:
+            answer.stopped = Reason.TOO_LARGE
+            return -1
+        answer.body += data
         self._meter.held_bytes += len(data)
         return None
 
     def _open_socket(self, purpose: int, address: Any) -> Any:
         family, kind, protocol, target = address
-        if family not in (socket.AF_INET, socket.AF_INET6) or not is_public(target[0]):
-            self._is_forbidden = True
+        is_ip = family in (socket.AF_INET, socket.AF_INET6)
+        if not is_ip or not (is_public(target[0]) or is_inside(target[0], self._config.allow_addresses)):
+            self._answer.is_forbidden = True
             return pycurl.SOCKET_BAD
-        return socket.socket(family, kind, protocol)
+        try:
+            return socket.socket(family, kind, protocol)
+        except OSError:  # no file left to open
+            return pycurl.SOCKET_BAD
+
+
+def parse_headers(lines: Sequence[bytes]) -> Headers:
+    """Header lines by name in lower case."""
+    headers: dict[str, list[str]] = {}
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if colon:
+            headers.setdefault(name.strip().lower().decode("latin-1"), []).append(_text(value.strip()))
+    return headers
+
+
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 def ca_file() -> str | None:
-    """The certificates that servers are checked against: SSL_CERT_FILE, the system's, or certifi's."""
-    found = [os.environ.get("SSL_CERT_FILE"), ssl.get_default_verify_paths().cafile]
+    """The certificates that servers are checked against: SSL_CERT_FILE, CURL_CA_BUNDLE, the system's, or certifi's."""
+    found = [os.environ.get("SSL_CERT_FILE"), os.environ.get("CURL_CA_BUNDLE")]
+    found += [ssl.get_default_verify_paths().cafile, "/etc/ssl/certs/ca-certificates.crt"]
     with contextlib.suppress(ImportError):
         found.append(import_module("certifi").where())
     return next((path for path in found if path and Path(path).is_file()), None)
 
 
-def _configured(config: FetchConfig) -> pycurl.Curl:
+def configured(config: FetchConfig) -> pycurl.Curl:
+    """A handle that does nothing but plain requests: no redirects, cookies, proxies or credentials of its own."""
     curl = pycurl.Curl()
     for option, value in (
         (pycurl.NOSIGNAL, 1),
         (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
-        (pycurl.REDIR_PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
         (pycurl.PROXY, ""),  # a proxy would connect in our place, where addresses cannot be refused
-        (pycurl.FOLLOWLOCATION, 1),
-        (pycurl.MAXREDIRS, config.max_redirects),
+        (pycurl.NETRC, pycurl.NETRC_IGNORED),
+        (pycurl.FOLLOWLOCATION, 0),  # every hop asks the admission and has its host's limits
         (pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS),
         (pycurl.USERAGENT, config.user_agent),
         (pycurl.HTTPHEADER, ["Accept: image/*,*/*;q=0.5"]),
         (pycurl.ENCODING, "identity"),  # ask for none, but undo what a server applies all the same
-        (pycurl.TIMEOUT_MS, max(1, round(config.timeout_s * 1_000))),
         (pycurl.CONNECTTIMEOUT_MS, max(1, round(config.connect_timeout_s * 1_000))),
         (pycurl.LOW_SPEED_LIMIT, config.min_speed),
         (pycurl.LOW_SPEED_TIME, config.min_speed_s),
@@ -183,8 +335,22 @@ def _configured(config: FetchConfig) -> pycurl.Curl:
         (pycurl.BUFFERSIZE, RECEIVE_BYTES),
         (pycurl.DNS_CACHE_TIMEOUT, 600),
         (pycurl.TCP_NODELAY, 1),
+        (pycurl.SSL_VERIFYPEER, int(config.verify_tls)),
+        (pycurl.SSL_VERIFYHOST, 2 * int(config.verify_tls)),
+        (pycurl.SHARE, SHARED),
     ):
         curl.setopt(option, value)
     if certificates := ca_file():
         curl.setopt(pycurl.CAINFO, certificates)
     return curl
+
+
+def _share() -> pycurl.CurlShare:
+    share = pycurl.CurlShare()
+    for what in (pycurl.LOCK_DATA_DNS, pycurl.LOCK_DATA_SSL_SESSION):
+        share.setopt(pycurl.SH_SHARE, what)
+    return share
+
+
+SHARED = _share()
+"""Answers of the resolver and TLS sessions outlive a unit: a process does many."""

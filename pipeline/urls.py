@@ -1,5 +1,7 @@
 """Which URLs can be requested, and in which spelling they go to the server."""
 
+import re
+import socket
 from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
@@ -11,6 +13,8 @@ MAX_URL_CHARS = 8_192
 _PLAIN = r"^https?://[A-Za-z0-9]([A-Za-z0-9.-]{0,200}[A-Za-z0-9])?(:[0-9]{1,4})?(/[!$-;=?-Z_a-z~]*)?$"
 _KEPT = "!#$%&'()*+,-./:;=?@[]_~"
 """Characters of a path and query that are sent as they are; `%` because most URLs are quoted already."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ENDS_IN_NUMBER = re.compile(r"(^|\.)(\d+|0[xX][0-9a-fA-F]*)\.?$")
 
 
 class UrlError(ValueError):
@@ -24,25 +28,26 @@ class UrlError(ValueError):
 def clean_url(text: str) -> str:
     """The URL as it is sent: no blanks around, IDN host in ASCII, other characters percent-encoded, no fragment.
 
-    Raises UrlError for another scheme, a missing host, control characters or an endless URL.
+    User names and passwords are left out: a crawler has no business with whoever's they are. Numeric spellings of an
+    IPv4 address (2130706433, 0x7f.1, 0177.0.0.1) become the usual one. Raises UrlError for another scheme, a missing
+    host, control characters or an endless URL.
     """
     text = text.strip()
     if len(text) > MAX_URL_CHARS:
         raise UrlError(Reason.INVALID_URL, f"longer than {MAX_URL_CHARS} characters")
-    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+    if _CONTROL.search(text):
         raise UrlError(Reason.INVALID_URL, "contains control characters")
     try:
         parts = urlsplit(text)
         port = parts.port
+        text.encode()
     except ValueError as error:
         raise UrlError(Reason.INVALID_URL, str(error)) from None
     if parts.scheme and parts.scheme not in ("http", "https"):
         raise UrlError(Reason.UNSUPPORTED_SCHEME, f"scheme {parts.scheme}"[:100])
-    if not parts.scheme or not parts.hostname:
+    if not parts.scheme or not parts.hostname or port == 0:
         raise UrlError(Reason.INVALID_URL, "no http(s)://host in it")
     authority = _host(parts.hostname) + (f":{port}" if port is not None else "")
-    if "@" in parts.netloc:
-        authority = quote(parts.netloc.rpartition("@")[0], safe=_KEPT) + "@" + authority
     query = f"?{quote(parts.query, safe=_KEPT)}" if parts.query else ""
     return f"{parts.scheme}://{authority}{quote(parts.path, safe=_KEPT) or '/'}{query}"
 
@@ -77,4 +82,12 @@ def _host(host: str) -> str:
             raise UrlError(Reason.INVALID_URL, "the host is not a valid international name") from None
     if len(name) > 253 or not all(char.isalnum() or char in "-._" for char in name):
         raise UrlError(Reason.INVALID_URL, "the host is not a valid name")
-    return name
+    return _address(name) if _ENDS_IN_NUMBER.search(name) else name
+
+
+def _address(name: str) -> str:
+    """A host that ends in a number is an IPv4 address, in whatever spelling, or nothing."""
+    try:
+        return socket.inet_ntoa(socket.inet_aton(name.rstrip(".")))
+    except OSError:
+        raise UrlError(Reason.INVALID_URL, "the host is not a valid address") from None

@@ -86,13 +86,19 @@ def test_private_addresses_are_refused_in_every_spelling(url: str) -> None:
                 assert (response.reason, response.attempts) == ("forbidden_address", 1)
 
 
-def test_unknown_names_are_dns_failures() -> None:
+@pytest.mark.parametrize(
+    ("may_resolve_later", "expected"), [(True, ("dns_failure", 2)), (False, ("unknown_host", 1))]
+)
+def test_names_that_do_not_exist_are_not_asked_for_again(
+    may_resolve_later: bool, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.http._may_resolve_later", lambda host: may_resolve_later)
     with Downloader(FetchConfig(timeout_s=5, connect_timeout_s=5, retries=1, backoff_s=0.01)) as downloader:
         downloader.submit(0, "http://nonexistent.invalid/x")
-        reasons = []
+        ended = []
         while downloader.num_open:
-            reasons += [response.reason for response in downloader.poll(0.1, 2**20)]
-    assert reasons == ["dns_failure"]
+            ended += downloader.poll(0.1, 2**20)
+    assert [(response.reason, response.attempts) for response in ended] == [expected]
 
 
 def test_every_reason_has_its_sentence_and_says_whether_to_try_again() -> None:
