@@ -13,7 +13,18 @@ from cluster.errors import RequestError
 from cluster.session import RayConfig
 from training.data.dataset import Dataset
 from training.data.sources import Mixture, SourceConfig, check_labels, check_sources, classes_of, open_sources
-from training.methods import METHODS, ClipConfig, MethodConfig, ModelConfig, RilsConfig
+from training.methods import (
+    METHODS,
+    ClipConfig,
+    M3aeConfig,
+    MaeClipConfig,
+    MaeConfig,
+    MethodConfig,
+    ModelConfig,
+    RilsConfig,
+    SiglipConfig,
+    SlipConfig,
+)
 
 MAX_DEFAULT_WARMUP_STEPS = 2_000
 
@@ -105,7 +116,12 @@ class TrainConfig(Config):
     seed: int = key(0, "of weights, order, crops and masks")
     model: ModelConfig = key(ModelConfig(), "the networks")
     clip: ClipConfig = key(ClipConfig(), "settings of method=clip")
+    siglip: SiglipConfig = key(SiglipConfig(), "settings of method=siglip")
     rils: RilsConfig = key(RilsConfig(), "settings of method=rils")
+    mae: MaeConfig = key(MaeConfig(), "settings of method=mae")
+    m3ae: M3aeConfig = key(M3aeConfig(), "settings of method=m3ae")
+    mae_clip: MaeClipConfig = key(MaeClipConfig(), "settings of method=mae_clip")
+    slip: SlipConfig = key(SlipConfig(), "settings of method=slip")
     train: LoopConfig = key(LoopConfig(), "the loop")
     optim: OptimConfig = key(OptimConfig(), "the optimizer")
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")

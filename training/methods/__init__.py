@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from training.data.tokenizer import Tokenizer
 from training.methods.base import Batch, Embedded, Method, MethodConfig, Output, Shown, Sums
 from training.methods.clip import Clip, ClipConfig
+from training.methods.m3ae import M3ae, M3aeConfig
+from training.methods.mae import Mae, MaeConfig
+from training.methods.mae_clip import MaeClip, MaeClipConfig
 from training.methods.rils import Rils, RilsConfig
+from training.methods.siglip import Siglip, SiglipConfig
+from training.methods.slip import Slip, SlipConfig
 from training.models.config import ModelConfig
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Clip, Rils)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Clip, Siglip, Rils, Mae, M3ae, MaeClip, Slip)}
 """Every method by the name that a configuration gives."""
 
 __all__ = [
@@ -16,12 +21,17 @@ __all__ = [
     "Batch",
     "ClipConfig",
     "Embedded",
+    "M3aeConfig",
+    "MaeClipConfig",
+    "MaeConfig",
     "Method",
     "MethodConfig",
     "ModelConfig",
     "Output",
     "RilsConfig",
     "Shown",
+    "SiglipConfig",
+    "SlipConfig",
     "Sums",
     "Tokenizer",
     "build_method",
