@@ -3,14 +3,14 @@ name."""
 
 from torch import nn
 
+from training.models.image_encoder import ImageEncoder
 from training.models.text import TextTransformer
-from training.models.vit import VisionTransformer
 
 
 class Encoders(nn.Module):
     """An image encoder and, where a method has one, a text encoder."""
 
-    def __init__(self, image: VisionTransformer, text: TextTransformer | None = None) -> None:
+    def __init__(self, image: ImageEncoder, text: TextTransformer | None = None) -> None:
         super().__init__()
         self.image = image
         if text is not None:
