@@ -39,9 +39,7 @@ class Engine:
         for name in self._scalars:
             parameter = method.get_parameter(name)
             parameter.data = parameter.data.reshape(1)
-        for module in method.modules():
-            if hasattr(module, "activation_checkpointing"):
-                setattr(module, "activation_checkpointing", config.train.activation_checkpointing)  # noqa: B010
+        checkpoint_activations(method, config.train.activation_checkpointing)
         optimizer = adamw(method, config.optim, fused=device.type == "cuda")
         self.zero_stage = config.train.zero_stage
         self.accumulation = config.train.accumulation
@@ -69,6 +67,10 @@ class Engine:
             assert isinstance(output, Output)
             self.deepspeed.backward(output.loss)
             return output
+        if self.zero_stage == 3:
+            # It overwrites gradients in a step's first backward pass and adds to them in the later ones: a parameter
+            # that the first pass does not touch would keep the gradient of the step before.
+            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
         return accumulate(self.deepspeed.module, batch, self.accumulation, self.deepspeed, self._backward)
 
     def update(self, learning_rate: float) -> float:
@@ -182,6 +184,13 @@ def adamw(method: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: not to norms, biases, temperatures, single tokens and tables of positions."""
     return parameter.ndim >= 2 and "position" not in name.rpartition(".")[2]
+
+
+def checkpoint_activations(method: nn.Module, enabled: bool) -> None:
+    """Tell every stack of blocks whether to keep its activations or to compute them again in the backward pass."""
+    for module in method.modules():
+        if hasattr(module, "activation_checkpointing"):
+            setattr(module, "activation_checkpointing", enabled)  # noqa: B010  # to mypy it may be a Tensor
 
 
 def _announce_shared_parameters(method: nn.Module) -> None:
