@@ -4,7 +4,7 @@ Stage `fetch`, unit ids `<range>-<row group>` (`00000-00000`), which sort in dat
     images.tar     the encoded images, plain ustar, `<uid>.<jpg|png|webp>`, in the order they came in
     rows.parquet   FETCHED rows, in plan order (order, uid)
     counts         rows (input rows), reason:ok and reason:<reason> (input rows: num_rows summed),
-                   requests (attempts), retries (those after a first one), bytes (of bodies downloaded)
+                   images, requests (attempts), retries (those after a first one), bytes (of bodies)
 
 FETCHED columns: uid, order, url, caption, num_rows as in the plan (pipeline.plan), then
     status           string   "ok" or "dropped"
@@ -60,6 +60,7 @@ from pipeline.decode import ImageError
 from pipeline.exif import exif_json
 from pipeline.http import Downloader
 from pipeline.images import Processed, process
+from pipeline.ledgers import Ledgers
 from pipeline.plan import PLANNED
 from pipeline.tar import TarWriter
 from pipeline.transfer import Response
@@ -117,6 +118,8 @@ class FetchStage:
     image: ImageConfig
     num_cpus: float
     memory_bytes: int
+    ledgers: Ledgers | None = None
+    """The cluster's, of what each host is asked; None: every task keeps the limits for itself."""
     name: str = "fetch"
 
     @staticmethod
@@ -157,7 +160,7 @@ class FetchStage:
             from pipeline import img2dataset_engine  # here, as few need it
 
             return img2dataset_engine.fetch_rows(planned, tar, self.fetch, self.image)
-        return fetch_rows(planned, tar, self.fetch, self.image)
+        return fetch_rows(planned, tar, self.fetch, self.image, self.ledgers)
 
 
 def count_fetched(table: pa.Table) -> dict[str, int]:
@@ -169,6 +172,7 @@ def count_fetched(table: pa.Table) -> dict[str, int]:
     attempts = table["attempts"]
     counts["requests"] = pc.sum(attempts).as_py() or 0
     counts["retries"] = counts["requests"] - (pc.sum(pc.greater(attempts, 0)).as_py() or 0)
+    counts["images"] = pc.sum(pc.equal(table["status"], "ok")).as_py() or 0
     counts["bytes"] = pc.sum(table["size_bytes"]).as_py() or 0
     return dict(counts)
 
@@ -177,13 +181,15 @@ Outcome = dict[str, Any]
 """FETCHED values of one row that the plan does not know."""
 
 
-def fetch_rows(planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: ImageConfig) -> list[Outcome]:
+def fetch_rows(
+    planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: ImageConfig, ledgers: Ledgers | None = None
+) -> list[Outcome]:
     """Fetch the planned rows that have no reason yet; kept images go to the tar. One outcome a row, in their order."""
     outcomes: list[Outcome] = [{"status": "dropped", "attempts": 0} for _ in range(planned.num_rows)]
     num_fetched = 0
     urls, reasons, uids = (planned[name].to_pylist() for name in ("url", "reason", "uid"))
     wanted = [(index, urls[index]) for index, reason in enumerate(reasons) if reason is None]
-    for index, outcome, processed in _fetch(wanted, fetch, image):
+    for index, outcome, processed in _fetch(wanted, fetch, image, ledgers):
         if processed is not None:
             outcome["image_offset"] = tar.add(f"{uids[index]}.{image.format}", processed.data)
         outcomes[index] = outcome
@@ -193,14 +199,14 @@ def fetch_rows(planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: Ima
 
 
 def _fetch(
-    wanted: Sequence[tuple[int, str]], fetch: FetchConfig, image: ImageConfig
+    wanted: Sequence[tuple[int, str]], fetch: FetchConfig, image: ImageConfig, ledgers: Ledgers | None
 ) -> Iterator[tuple[int, Outcome, Processed | None]]:
     """Outcomes as they come. The network and the decoders work side by side and share one limit of memory."""
     limit_bytes = fetch.memory_mib * 2**20 // 4
     decoding: deque[tuple[int, Future[tuple[Outcome, Processed | None]]]] = deque()
     waiting_bytes = 0
     with (
-        contextlib.closing(admission_of(fetch)) as admission,
+        contextlib.closing(admission_of(fetch, ledgers)) as admission,
         Downloader(fetch, admission) as downloader,
         ThreadPoolExecutor(fetch.decode_threads, "decode") as pool,
     ):

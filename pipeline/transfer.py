@@ -1,14 +1,9 @@
-"""One request: a libcurl handle, how it is set up, what it takes of an answer, and what its end means."""
+"""One request: what is taken of its answer, and what its end means."""
 
-import contextlib
-import os
 import socket
-import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
@@ -18,9 +13,9 @@ from pipeline.addresses import is_inside, is_public
 from pipeline.admission import Admission, Headers, Refusal
 from pipeline.backoff import retry_after_s
 from pipeline.config import FetchConfig
+from pipeline.handle import configured
 from pipeline.reasons import Reason, http_reason
 
-RECEIVE_BYTES = 2**16
 MAX_HEADER_BYTES = 2**16
 """Of one answer, with its trailers and everything before it."""
 UNREAD_BYTES = 2**16
@@ -180,7 +175,7 @@ class Transfer:
         self.job = job
         self._answer = _Answer()
         self.curl.setopt(pycurl.URL, job.url)
-        # Rather a stream of a connection that is being made than one more. Without TLS it would wait for a first answer.
+        # Rather a stream of a connection that is being made than one more; without TLS it would wait for an answer.
         self.curl.setopt(pycurl.PIPEWAIT, int(job.url.startswith("https:")))
         left_s = max(0.001, self._config.timeout_s - job.attempt_seconds)
         self.curl.setopt(pycurl.TIMEOUT_MS, max(1, round(left_s * 1_000)))
@@ -304,53 +299,3 @@ def _text(value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError:
         return value.decode("latin-1")
-
-
-def ca_file() -> str | None:
-    """The certificates that servers are checked against: SSL_CERT_FILE, CURL_CA_BUNDLE, the system's, or certifi's."""
-    found = [os.environ.get("SSL_CERT_FILE"), os.environ.get("CURL_CA_BUNDLE")]
-    found += [ssl.get_default_verify_paths().cafile, "/etc/ssl/certs/ca-certificates.crt"]
-    with contextlib.suppress(ImportError):
-        found.append(import_module("certifi").where())
-    return next((path for path in found if path and Path(path).is_file()), None)
-
-
-def configured(config: FetchConfig) -> pycurl.Curl:
-    """A handle that does nothing but plain requests: no redirects, cookies, proxies or credentials of its own."""
-    curl = pycurl.Curl()
-    for option, value in (
-        (pycurl.NOSIGNAL, 1),
-        (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
-        (pycurl.PROXY, ""),  # a proxy would connect in our place, where addresses cannot be refused
-        (pycurl.NETRC, pycurl.NETRC_IGNORED),
-        (pycurl.FOLLOWLOCATION, 0),  # every hop asks the admission and has its host's limits
-        (pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_2TLS),
-        (pycurl.USERAGENT, config.user_agent),
-        (pycurl.HTTPHEADER, ["Accept: image/*,*/*;q=0.5"]),
-        (pycurl.ENCODING, "identity"),  # ask for none, but undo what a server applies all the same
-        (pycurl.CONNECTTIMEOUT_MS, max(1, round(config.connect_timeout_s * 1_000))),
-        (pycurl.LOW_SPEED_LIMIT, config.min_speed),
-        (pycurl.LOW_SPEED_TIME, config.min_speed_s),
-        (pycurl.MAXFILESIZE_LARGE, config.max_bytes),
-        (pycurl.BUFFERSIZE, RECEIVE_BYTES),
-        (pycurl.DNS_CACHE_TIMEOUT, 600),
-        (pycurl.TCP_NODELAY, 1),
-        (pycurl.SSL_VERIFYPEER, int(config.verify_tls)),
-        (pycurl.SSL_VERIFYHOST, 2 * int(config.verify_tls)),
-        (pycurl.SHARE, SHARED),
-    ):
-        curl.setopt(option, value)
-    if certificates := ca_file():
-        curl.setopt(pycurl.CAINFO, certificates)
-    return curl
-
-
-def _share() -> pycurl.CurlShare:
-    share = pycurl.CurlShare()
-    for what in (pycurl.LOCK_DATA_DNS, pycurl.LOCK_DATA_SSL_SESSION):
-        share.setopt(pycurl.SH_SHARE, what)
-    return share
-
-
-SHARED = _share()
-"""Answers of the resolver and TLS sessions outlive a unit: a process does many."""

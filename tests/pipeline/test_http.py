@@ -4,9 +4,9 @@ import pytest
 
 from pipeline.addresses import is_public
 from pipeline.config import FetchConfig
+from pipeline.handle import ca_file
 from pipeline.http import Downloader
 from pipeline.reasons import Reason, is_transient, sentence
-from pipeline.transfer import ca_file
 from pipeline.urls import UrlError, clean_url
 
 
@@ -86,9 +86,7 @@ def test_private_addresses_are_refused_in_every_spelling(url: str) -> None:
                 assert (response.reason, response.attempts) == ("forbidden_address", 1)
 
 
-@pytest.mark.parametrize(
-    ("may_resolve_later", "expected"), [(True, ("dns_failure", 2)), (False, ("unknown_host", 1))]
-)
+@pytest.mark.parametrize(("may_resolve_later", "expected"), [(True, ("dns_failure", 2)), (False, ("unknown_host", 1))])
 def test_names_that_do_not_exist_are_not_asked_for_again(
     may_resolve_later: bool, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
