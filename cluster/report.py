@@ -200,5 +200,5 @@ def _text(value: Any) -> Markup:
 def _is_numeric(column: Sequence[Markup]) -> bool:
     filled = [cell for cell in column if cell]
     return bool(filled) and all(
-        re.fullmatch(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]\d+)?(\s?%|\s?s)?|nan", cell) for cell in filled
+        re.fullmatch(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]\d+)?(\s?%|\s?s|\s[KMGT]?B)?|nan", cell) for cell in filled
     )

@@ -1,6 +1,8 @@
 """`pairmill status OUT`: how far a run is, read from what it left in its folder; the run itself is not asked."""
 
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ from cluster.store import Store
 
 HELP = """usage: pairmill status RUN
 
-Prints the stages of a build with units done and counts by reason, or the last step and losses of a training run."""
+Prints the stages of a build with units done and counts by reason and how its downloads went (reasons, HTTP statuses,
+hosts, images/s), or the last step and losses of a training run."""
 
 
 def status_command(words: Sequence[str]) -> int:
@@ -32,6 +35,7 @@ def status_command(words: Sequence[str]) -> int:
     console.print(f"{record['kind']} run in {store.url}, created {record['created']}", highlight=False, soft_wrap=True)
     if record["kind"] == "build":
         _print_build(store, console)
+        _print_downloads(store)
     else:
         _print_training(store, console)
     return EXIT_DONE
@@ -60,6 +64,14 @@ def _print_build(store: Store, console: Console) -> None:
         "finished: manifest.json is published" if finished else "not finished: run the same build command to go on",
         highlight=False,
     )
+
+
+def _print_downloads(store: Store) -> None:
+    """The package that downloads knows what there is to tell of it."""
+    from cluster.cli import module_command
+
+    sys.stdout.flush()
+    subprocess.run(module_command("pipeline", ["status", store.url]), check=False)
 
 
 def _stages(store: Store) -> list[tuple[str, int]]:

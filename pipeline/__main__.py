@@ -1,4 +1,4 @@
-"""`python -m pipeline build|verify|explain|report ...`, which the `pairmill` command runs."""
+"""`python -m pipeline build|repair|verify|explain|report ...`, which the `pairmill` command runs."""
 
 import json
 import logging
@@ -30,6 +30,12 @@ def _build() -> tuple[type[Config], Callable[[Any], int]]:
     return BuildConfig, build_command
 
 
+def _repair() -> tuple[type[Config], Callable[[Any], int]]:
+    from pipeline.repair import RepairConfig, repair_command
+
+    return RepairConfig, repair_command
+
+
 def _verify() -> tuple[type[Config], Callable[[Any], int]]:
     from pipeline.verify import VerifyConfig, verify_command
 
@@ -48,12 +54,24 @@ def _report() -> tuple[type[Config], Callable[[Any], int]]:
     return ReportConfig, report_command
 
 
+def _status() -> tuple[type[Config], Callable[[Any], int]]:
+    from pipeline.status import StatusConfig, status_command
+
+    return StatusConfig, status_command
+
+
 COMMANDS = {
     "build": Command(
         usage="[CONFIG.yaml] input=LIST output=OUT [key=value ...]",
         about="Turns URL lists into a dataset. The same command goes on with a build that was stopped.",
         words=(),
         load=_build,
+    ),
+    "repair": Command(
+        usage="OUT [key=value ...]",
+        about="Tries the pairs of a dataset again that failed for a reason that may pass, and adds what comes to it.",
+        words=("dataset",),
+        load=_repair,
     ),
     "verify": Command(
         usage="OUT [key=value ...]",
@@ -72,6 +90,12 @@ COMMANDS = {
         about="Writes OUT/report/index.html, a page about the dataset that needs no network to view.",
         words=("dataset",),
         load=_report,
+    ),
+    "status": Command(
+        usage="OUT",
+        about="Prints how the downloads of a build went: by reason, HTTP status and host. Part of `pairmill status`.",
+        words=("dataset",),
+        load=_status,
     ),
 }
 

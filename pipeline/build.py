@@ -1,30 +1,38 @@
 """`pairmill build`: URL lists to a dataset, one stage after the other. Running it again goes on where it stopped."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from cluster.errors import EXIT_DONE, RequestError
-from cluster.executor import Executor, run_stage
-from cluster.journal import Marker
+from cluster.executor import Executor, RayExecutor, run_stage
+from cluster.journal import Journal, Marker
 from cluster.progress import Progress
-from cluster.run import Run, open_run
+from cluster.run import open_run
 from cluster.session import ray_session, require_reachable
 from cluster.store import Store
 from pipeline.config import BuildConfig
 from pipeline.decide import DecideStage
 from pipeline.dedup import DedupStage, num_partitions
 from pipeline.fetch import FetchStage
+from pipeline.generations import num_repairs
+from pipeline.ledgers import Ledgers, LocalLedgers, RayLedgers
 from pipeline.manifest import MANIFEST_FILE, Manifest, read_manifest
 from pipeline.pack import PackStage, cut_shards
 from pipeline.plan import OrderStage, ReadStage
 from pipeline.publish import make_manifest, publish, refuse_empty
 from pipeline.record import RecordStage, total_counts
+from pipeline.repair import Repair
 from pipeline.report import REPORT_FILE, write_report
 from pipeline.rules import rules_of
 from pipeline.selection import DecidedUnit, Duplicates, num_dropped
 from pipeline.timings import Timing, add_timing, images_per_s, read_timings
+
+logger = logging.getLogger(__name__)
 
 
 def build_command(config: BuildConfig) -> int:
@@ -35,8 +43,10 @@ def build_command(config: BuildConfig) -> int:
     require_reachable(config.ray)
     run = open_run(config.output, "build", config)
     read.refuse_changed(run.journal)
+    if not config.fetch.contact:
+        logger.warning("fetch.contact is not set: sites cannot tell you when your requests trouble them")
     with ray_session(config.ray) as executor, Progress(title=f"build {run.store.url}") as progress:
-        manifest = Build(config, run, executor, progress).run(read)
+        manifest = Build(config, run.store, executor, progress).run(read)
     write_report(run.store)
     print_summary(run.store, manifest)
     return EXIT_DONE
@@ -70,10 +80,10 @@ def _already_done(config: BuildConfig) -> int:
 class Build:
     """The sequence of stages of one build. Every stage is planned from the markers of those before it."""
 
-    def __init__(self, config: BuildConfig, run: Run, executor: Executor, progress: Progress) -> None:
+    def __init__(self, config: BuildConfig, store: Store, executor: Executor, progress: Progress) -> None:
         self._config = config
-        self._store = run.store
-        self._journal = run.journal
+        self._store = store
+        self._journal = Journal(store)
         self._executor = executor
         self._progress = progress
 
@@ -82,7 +92,7 @@ class Build:
         config, store = self._config, self._store
         sources = self._stage(read)
         ordered = self._stage(OrderStage.of(config, store, sources))
-        fetched = self._stage(FetchStage.of(config, store, ordered))
+        fetched = self._stage(replace(FetchStage.of(config, store, ordered), ledgers=self._ledgers))
         num_downloaded = sum(marker.counts.get("reason:ok", 0) for marker in fetched.values())
         rules, partitions = rules_of(config.curate), num_partitions(num_downloaded)
         decided = self._stage(DecideStage.of(store, list(fetched.values()), rules, partitions))
@@ -95,8 +105,24 @@ class Build:
         manifest = make_manifest(store, config, list(sources.values()), list(packed.values()), recorded)
         for stage in ("plan-read", "plan-order", "fetch", "decide", "dedup", "pack", "record"):
             self._journal.sweep(stage)
+        while len(manifest.repairs) < num_repairs(self._journal):  # manifest.json of a repaired dataset was removed
+            manifest = self.repair(manifest)
         publish(store, manifest)
         return manifest
+
+    def repair(self, manifest: Manifest) -> Manifest:
+        """The next generation of a dataset: all but the publishing of its manifest, which is returned."""
+        repair = Repair(
+            config=self._config, store=self._store, run_stage=self._stage, ledgers=self._ledgers, manifest=manifest
+        )
+        return repair.run()
+
+    @cached_property
+    def _ledgers(self) -> Ledgers:
+        """Limits per host hold over all tasks of this command."""
+        if isinstance(self._executor, RayExecutor):
+            return RayLedgers.start(self._config.fetch)
+        return LocalLedgers(self._config.fetch)
 
     def _write(
         self, fetched: Mapping[str, Marker], decided: Mapping[str, Marker], deduped: Mapping[str, Marker]
@@ -138,7 +164,8 @@ class Build:
                 wall_s=round(time.monotonic() - started, 3),
                 num_units=len(new),
                 num_rows=sum(marker.counts.get("rows", 0) for marker in new),
-                num_images=sum(marker.counts.get("reason:ok", 0) for marker in new),
+                num_images=sum(marker.counts.get("images", 0) for marker in new),
+                num_bytes=sum(marker.counts.get("bytes", 0) for marker in new),
             )
             add_timing(self._store, timing)
         return markers

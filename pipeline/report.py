@@ -16,13 +16,12 @@ from cluster.report import SECTIONS_FILE, Card, Section, cards_html, environment
 from cluster.run import read_run
 from cluster.store import Store
 from pipeline.config import BuildConfig
+from pipeline.downloads import Tally, Totals, size_text, status_name, tally_downloads
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.reasons import Reason
 from pipeline.report_data import (
     Sampled,
     Step,
-    by_host,
-    by_http_status,
     meaning,
     sample_rows,
     steps_of,
@@ -93,7 +92,7 @@ def dataset_sections(store: Store, manifest: Manifest) -> list[Section]:
         Section(title="Kept samples", html=_kept(store, sampled)),
         Section(title="Dropped pairs", html=_dropped(store, sampled, steps)),
         Section(title="Distributions", html=_note(sampled, "kept samples") + histograms_html(sampled)),
-        Section(title="Servers", html=_note(sampled, "pairs") + _servers(sampled)),
+        Section(title="Downloads", html=_downloads(store, sampled)),
         Section(title="Speed", html=_speed(store)),
         Section(title="Settings", html=_settings(store, manifest)),
     ]
@@ -109,7 +108,11 @@ def _totals(store: Store, manifest: Manifest) -> str:
             Card(label="rows in the lists", value=f"{manifest.num_input_rows:,}", note=_lists(manifest)),
             Card(label="samples kept", value=f"{manifest.num_samples:,}", note=f"{share:.1%} of the rows"),
             Card(label="shards", value=f"{len(manifest.shards):,}", note=f"{per_shard:,} samples each"),
-            Card(label="on disk", value=_size(size_bytes), note=f"{_size(size_bytes / manifest.num_samples)} a pair"),
+            Card(
+                label="on disk",
+                value=size_text(size_bytes),
+                note=f"{size_text(size_bytes / manifest.num_samples)} a pair",
+            ),
             Card(label="images/s", value=f"{rate:,.0f}" if rate else "-", note="downloaded and decoded"),
         ]
     )
@@ -165,19 +168,42 @@ def _group(store: Store, sampled: Sampled, step: Step, rows: list[dict[str, Any]
     )
 
 
-def _servers(sampled: Sampled) -> str:
-    status = [
-        (f"HTTP {code}" if code else "no response", number, kept, _share(kept, number))
-        for code, number, kept in by_http_status(sampled)
+def _downloads(store: Store, sampled: Sampled) -> str:
+    totals = Totals.of(list(Journal(store).markers("fetch").values()), read_timings(store))
+    retried = totals.num_retries / max(1, totals.num_requests)
+    cards = [
+        Card(label="images", value=f"{totals.num_images:,}", note="downloaded and decoded"),
+        Card(label="requests", value=f"{totals.num_requests:,}", note=f"{retried:.1%} of them retries"),
+        Card(label="downloaded", value=size_text(totals.size_bytes), note=_each(totals)),
+        Card(label="images/s", value=_rate(totals.images_per_s), note=f"{_rate(totals.images_per_worker_s)} a worker"),
+        Card(label="bytes/s", value=size_text(totals.bytes_per_s) if totals.bytes_per_s else "-"),
     ]
-    hosts = [(host, number, kept, _share(kept, number), reason) for host, number, kept, reason in by_host(sampled)]
-    return (
-        '<div class="columns uneven"><div>'
-        + table_html(["last answer", "pairs", "kept", "share"], status)
-        + "</div><div>"
-        + table_html(["host", "pairs", "kept", "share", "most frequent reason"], hosts)
-        + "</div></div>"
-    )
+    downloads = tally_downloads([sampled.rows])
+    statuses = [(status_name(status), tally) for status, tally in downloads.statuses()]
+    attempts = [(str(number), tally) for number, tally in downloads.attempts()]
+    tables = [_tally_table("last answer", statuses), _tally_table("attempts", attempts)]
+    hosts = [_tally_table("host", downloads.largest_hosts(), "The hosts with most pairs")]
+    if failing := downloads.failing_hosts():
+        hosts.append(_tally_table("host", failing, "The hosts with most failures"))
+    return cards_html(cards) + _note(sampled, "pairs") + "".join([*tables, *hosts])
+
+
+def _tally_table(title: str, tallies: Iterable[tuple[str, Tally]], caption: str = "") -> str:
+    header = [title, "pairs", "images", "share", "failed", "requests", "downloaded", "most frequent reason"]
+    rows = []
+    for name, tally in tallies:
+        share = f"{tally.image_share:.1%}"
+        numbers = (tally.num_pairs, tally.num_images, share, tally.num_failed, tally.num_requests)
+        rows.append((name, *numbers, size_text(tally.size_bytes), tally.main_reason))
+    return table_html(header, rows, caption)
+
+
+def _each(totals: Totals) -> str:
+    return f"{size_text(totals.size_bytes / totals.num_images)} an image" if totals.num_images else ""
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.1f}" if per_s else "-"
 
 
 def _speed(store: Store) -> str:
@@ -246,7 +272,7 @@ def _why(row: dict[str, Any]) -> str:
 
 
 def _size_note(row: dict[str, Any]) -> str:
-    return f"{row['original_width']}×{row['original_height']}, {_size(row['size_bytes'])}"
+    return f"{row['original_width']}×{row['original_height']}, {size_text(row['size_bytes'])}"
 
 
 def _lists(manifest: Manifest) -> str:
@@ -257,18 +283,6 @@ def _note(sampled: Sampled, what: str) -> str:
     if sampled.is_all:
         return ""
     return f'<p class="quiet">From a random sample of {sampled.rows.num_rows:,} {what}.</p>'
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %"
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:,.3g} TB"
 
 
 def _code(value: Any) -> Markup:

@@ -4,11 +4,9 @@ The plan put the rows in random order, so the first fetch units are a random sam
 and pictures are taken from those, and the report's cost does not grow with the dataset.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
@@ -24,7 +22,6 @@ from pipeline.record import REPEATED_PAIR
 from pipeline.selection import read_table
 
 MAX_ROWS = 200_000
-MAX_HOSTS = 20
 THUMBNAIL_PX = 176
 PHASES = {
     "plan-order": "before the download",
@@ -46,6 +43,7 @@ _COLUMNS = (
     "duplicate_of",
     "key",
     "http_status",
+    "attempts",
     "size_bytes",
     "original_width",
     "original_height",
@@ -137,46 +135,6 @@ def sample_rows(store: Store, max_rows: int = MAX_ROWS) -> Sampled:
     return Sampled(rows=pa.concat_tables(tables), pictures=pictures, is_all=len(tables) == len(recorded))
 
 
-def by_http_status(sampled: Sampled) -> list[tuple[int, int, int]]:
-    """(status, pairs, of them kept), most frequent first; 0 stands for no response to a request."""
-    total: Counter[int] = Counter()
-    kept: Counter[int] = Counter()
-    rows = zip(sampled.column("http_status"), sampled.column("status"), sampled.column("reason"), strict=True)
-    for http_status, status, reason in rows:
-        if http_status is None and not _was_requested(reason):
-            continue
-        total[http_status or 0] += 1
-        kept[http_status or 0] += status == "kept"
-    return [(code, number, kept[code]) for code, number in total.most_common()]
-
-
-def by_host(sampled: Sampled) -> list[tuple[str, int, int, str]]:
-    """(host, pairs, of them kept, most frequent reason for a drop) of the hosts with most pairs."""
-    total: Counter[str] = Counter()
-    kept: Counter[str] = Counter()
-    reasons: dict[str, Counter[str]] = {}
-    for url, status, reason in zip(
-        sampled.column("url"), sampled.column("status"), sampled.column("reason"), strict=True
-    ):
-        host = host_of(url)
-        total[host] += 1
-        kept[host] += status == "kept"
-        if reason:
-            reasons.setdefault(host, Counter())[reason] += 1
-    return [
-        (host, number, kept[host], next((name for name, _ in reasons.get(host, Counter()).most_common(1)), ""))
-        for host, number in total.most_common(MAX_HOSTS)
-    ]
-
-
-def host_of(url: str | None) -> str:
-    """A URL's host, for people."""
-    try:
-        return urlsplit(url or "").hostname or "(no host)"
-    except ValueError:
-        return "(no host)"
-
-
 def thumbnail(store: Store, sampled: Sampled, uid: str) -> str:
     """A small JPEG of a sampled pair's image as a data: URL; "" if there is none to show."""
     place = sampled.pictures.get(uid)
@@ -219,8 +177,3 @@ def _phases(journal: Journal) -> dict[str, str]:
                 if name.startswith("reason:"):
                     phases[name.removeprefix("reason:")] = PHASES[stage]
     return phases
-
-
-def _was_requested(reason: str | None) -> bool:
-    """Whether a row without an HTTP status was asked for over the network."""
-    return reason in {Reason.DNS_FAILURE, Reason.CONNECTION_FAILED, Reason.TLS_FAILURE, Reason.TIMEOUT}

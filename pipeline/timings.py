@@ -10,13 +10,17 @@ TIMINGS_FILE = "report/timings.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What one command did of one stage. `num_images` were downloaded and decoded; 0 for stages that fetch nothing."""
+    """What one command did of one stage.
+
+    num_images were downloaded and decoded, num_bytes are those of all bodies; 0 for stages that fetch nothing.
+    """
 
     stage: str
     wall_s: float
     num_units: int
     num_rows: int
     num_images: int
+    num_bytes: int = 0
 
 
 def add_timing(store: Store, timing: Timing) -> None:
@@ -36,6 +40,14 @@ def read_timings(store: Store) -> list[Timing]:
 
 def images_per_s(timings: list[Timing]) -> float:
     """Images downloaded per second of the fetch stage; 0 when nothing was fetched."""
-    fetches = [timing for timing in timings if timing.num_images]
-    wall_s = sum(timing.wall_s for timing in fetches)
-    return sum(timing.num_images for timing in fetches) / wall_s if wall_s else 0.0
+    return _per_s(timings, sum(timing.num_images for timing in timings))
+
+
+def bytes_per_s(timings: list[Timing]) -> float:
+    """Bytes of bodies downloaded per second of the fetch stage; 0 when nothing was fetched."""
+    return _per_s(timings, sum(timing.num_bytes for timing in timings))
+
+
+def _per_s(timings: list[Timing], number: int) -> float:
+    wall_s = sum(timing.wall_s for timing in timings if timing.num_images)
+    return number / wall_s if wall_s else 0.0
