@@ -17,10 +17,12 @@ from training.methods import (
     METHODS,
     ClipConfig,
     M3aeConfig,
+    M3iConfig,
     MaeClipConfig,
     MaeConfig,
     MethodConfig,
     ModelConfig,
+    MugConfig,
     RilsConfig,
     SiglipConfig,
     SlipConfig,
@@ -79,6 +81,27 @@ class LoopConfig(Config):
     max_restarts: int = key(3, "how often a group that lost a rank is started again", affects_result=False, ge=0)
 
 
+class InitConfig(Config):
+    """What the weights are before the first step, and which of them stay as they are."""
+
+    checkpoint: str = key("", "train run, or one checkpoint of it, to take weights from; its method may be another")
+    weights: str = key("", "file or folder of weights with the names of MAE, timm, open_clip or transformers")
+    parts: StringList = key(
+        [],
+        "what is taken: image, text, image_projection, text_projection, log_scale, decoder, ..., parts of parts such "
+        "as image.blocks, or image->teacher for another place; empty: every part that both have",
+    )
+    freeze: StringList = key([], "parts that are not trained; image with method=clip is LiT")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "InitConfig":
+        if self.checkpoint and self.weights:
+            raise ValueError("init.checkpoint and init.weights are both given; take one")
+        if self.parts and not (self.checkpoint or self.weights):
+            raise ValueError(f"init.parts={self.parts}: taken from where? set init.checkpoint or init.weights")
+        return self
+
+
 class OptimConfig(Config):
     """AdamW; no decay on norms, biases, position embeddings and temperatures."""
 
@@ -122,6 +145,9 @@ class TrainConfig(Config):
     m3ae: M3aeConfig = key(M3aeConfig(), "settings of method=m3ae")
     mae_clip: MaeClipConfig = key(MaeClipConfig(), "settings of method=mae_clip")
     slip: SlipConfig = key(SlipConfig(), "settings of method=slip")
+    mug: MugConfig = key(MugConfig(), "settings of method=mug")
+    m3i: M3iConfig = key(M3iConfig(), "settings of method=m3i")
+    init: InitConfig = key(InitConfig(), "where weights come from")
     train: LoopConfig = key(LoopConfig(), "the loop")
     optim: OptimConfig = key(OptimConfig(), "the optimizer")
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")

@@ -6,14 +6,19 @@ from training.data.tokenizer import Tokenizer
 from training.methods.base import Batch, Embedded, Method, MethodConfig, Output, Shown, Sums
 from training.methods.clip import Clip, ClipConfig
 from training.methods.m3ae import M3ae, M3aeConfig
+from training.methods.m3i import M3i
+from training.methods.m3i_forms import M3iConfig
 from training.methods.mae import Mae, MaeConfig
 from training.methods.mae_clip import MaeClip, MaeClipConfig
+from training.methods.mug import Mug, MugConfig
 from training.methods.rils import Rils, RilsConfig
 from training.methods.siglip import Siglip, SiglipConfig
 from training.methods.slip import Slip, SlipConfig
 from training.models.config import ModelConfig
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Clip, Siglip, Rils, Mae, M3ae, MaeClip, Slip)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Clip, Siglip, Rils, Mae, M3ae, MaeClip, Slip, Mug, M3i)
+}
 """Every method by the name that a configuration gives."""
 
 __all__ = [
@@ -22,11 +27,13 @@ __all__ = [
     "ClipConfig",
     "Embedded",
     "M3aeConfig",
+    "M3iConfig",
     "MaeClipConfig",
     "MaeConfig",
     "Method",
     "MethodConfig",
     "ModelConfig",
+    "MugConfig",
     "Output",
     "RilsConfig",
     "Shown",
