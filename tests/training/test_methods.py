@@ -291,6 +291,12 @@ def test_empty_and_endless_captions_are_trained_on(variant: str, captions: list[
     assert all(p.grad.isfinite().all() for p in built.parameters())
 
 
+@pytest.mark.parametrize("variant", ["clip", "slip", "rils", "m3ae", "mae_clip"])
+def test_captions_that_lose_words_to_the_context_are_counted(variant: str) -> None:
+    output = build(variant)(batch(["a red cat", "two dogs and a house in the sun " * 9, "", "a moon"]))
+    assert output.metrics["captions_cut"].item() == 0.25
+
+
 def test_pictures_smaller_than_the_crop_are_enlarged() -> None:
     small = batch(images=torch.randint(0, 256, (4, 7, 7, 3)).to(torch.uint8))
     for variant in ("mae", "slip"):

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from cluster.config import key
 from training.data.tokenizer import Tokenizer
-from training.data.transforms import evaluation_view, training_view
+from training.data.transforms import evaluation_view
 from training.losses.distributed import Gathered, LossSum, Scope
 from training.losses.info_nce import info_nce, matched
 from training.losses.similarity import scale, unit
 from training.methods.base import Batch, Embedded, Method, MethodConfig, Sums, mean_of
+from training.methods.views import captions_cut, crop, read_captions
 from training.models.config import ModelConfig
 from training.models.towers import Towers
 
@@ -47,7 +48,7 @@ class Clip(Method):
     def losses(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> Sums:
         """Return the contrastive loss."""
         found_B = matched(own.shared["image"], everyone["text"])
-        return Sums(losses={"contrastive": self.contrast(own, everyone)}, metrics=self.metrics(found_B))
+        return Sums(losses={"contrastive": self.contrast(own, everyone)}, metrics=self.metrics(batch, found_B))
 
     def counts(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> dict[str, Tensor]:
         """One term a pair."""
@@ -63,10 +64,10 @@ class Clip(Method):
 
     def share(self, tokens_BLD: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return what meets the other pairs: pooled, projected, normalised (RILS eq. 1, 2, 4)."""
-        ids_BL = self._ids(captions, tokens_BLD.device)
+        read = read_captions(self.tokenizer, captions, tokens_BLD.device)
         return {
             "image": unit(self.towers.embed_pooled(tokens_BLD)),
-            "text": unit(self.towers.embed_text(ids_BL)),
+            "text": unit(self.towers.embed_text(read.ids)),
         }
 
     def contrast(self, own: Embedded, everyone: Mapping[str, Gathered]) -> LossSum:
@@ -79,21 +80,17 @@ class Clip(Method):
             scale(self.towers.log_scale),
         )
 
-    def metrics(self, matched_B: Tensor) -> dict[str, LossSum]:
-        """The temperature, and the share of pictures whose nearest text of all that meet is their own."""
-        return {"logit_scale": mean_of(scale(self.towers.log_scale)), "batch_accuracy": mean_of(matched_B)}
+    def metrics(self, batch: Batch, matched_B: Tensor) -> dict[str, LossSum]:
+        """The temperature, the share of pictures whose nearest text is their own, and that of cut captions."""
+        return {
+            "logit_scale": mean_of(scale(self.towers.log_scale)),
+            "batch_accuracy": mean_of(matched_B),
+            "captions_cut": captions_cut(self.tokenizer, batch),
+        }
 
     def view(self, batch: Batch) -> Tensor:
         """Return the batch's random crops, [B, C, S, S]."""
-        return training_view(
-            batch.images,
-            side=self.image_size,
-            crop_scale=self.config.crop_scale,
-            flip=self.config.flip,
-            seed=batch.seed,
-            sample_ids_B=batch.sample_ids,
-            epoch_B=batch.epoch,
-        )
+        return crop(batch, self.config, self.image_size)
 
     def encode_image(self, images_BHWC: Tensor) -> Tensor:
         """Return L2-normalised float32 [B, E] of uint8 pictures: the largest centred square, resized."""
@@ -101,10 +98,4 @@ class Clip(Method):
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Return L2-normalised float32 [B, E] of captions."""
-        return unit(self.towers.embed_text(self._ids(captions, self.towers.log_scale.device)))
-
-    def _ids(self, captions: Sequence[str], device: torch.device) -> Tensor:
-        """Token ids on the device, cut after the longest caption (to a multiple of 8, so that shapes repeat)."""
-        ids_BL = self.tokenizer(captions)
-        longest = int((ids_BL == self.tokenizer.end_of_text_id).int().argmax(dim=1).max()) + 1 if len(ids_BL) else 1
-        return ids_BL[:, : -(-longest // 8) * 8].to(device, non_blocking=True)
+        return unit(self.towers.embed_text(read_captions(self.tokenizer, captions, self.towers.log_scale.device).ids))

@@ -24,7 +24,7 @@ from training.methods.generative import (
     hide_at_random,
     show_hidden,
 )
-from training.methods.views import Captions, crop, read_captions, refuse_trained_pooling
+from training.methods.views import Captions, captions_cut, crop, read_captions, refuse_trained_pooling
 from training.models.config import ModelConfig
 from training.models.decoder import DecoderConfig
 from training.models.encoders import Encoders
@@ -80,7 +80,8 @@ class M3ae(Method):
         captions, hidden = self.hide(batch)
         predicted = self.predict(pixels_BCSS, captions, hidden)
         return Sums(
-            losses=generative_losses(self.config, predicted, hidden, pixels_BCSS, captions, self.vision.patch_size)
+            losses=generative_losses(self.config, predicted, hidden, pixels_BCSS, captions, self.vision.patch_size),
+            metrics={"captions_cut": captions_cut(self.tokenizer, batch)},
         )
 
     def counts(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> dict[str, Tensor]:

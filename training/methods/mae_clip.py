@@ -77,7 +77,9 @@ class MaeClip(Clip):
         predicted = self.predict(pixels_BCSS, captions, hidden)
         generative = generative_losses(self.mae_clip, predicted, hidden, pixels_BCSS, captions, self.vision.patch_size)
         found_B = matched(own.shared["image"], everyone["text"])
-        return Sums(losses={"contrastive": self.contrast(own, everyone), **generative}, metrics=self.metrics(found_B))
+        return Sums(
+            losses={"contrastive": self.contrast(own, everyone), **generative}, metrics=self.metrics(batch, found_B)
+        )
 
     def counts(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> dict[str, Tensor]:
         """One term a pair, one a hidden patch, one a hidden word."""

@@ -79,7 +79,7 @@ class Rils(Clip):
             "contrastive": self.contrast(own, everyone),
             "reconstruction": self.reconstruct(batch, own, everyone["text"].features, self.counted(matched_B)),
         }
-        return Sums(losses=losses, metrics=self.metrics(matched_B))
+        return Sums(losses=losses, metrics=self.metrics(batch, matched_B))
 
     def counts(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> dict[str, Tensor]:
         """One term a pair, and one a masked patch of the set C."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from cluster.errors import RequestError
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import denormalise, training_view
+from training.losses.distributed import LossSum
 from training.losses.pixels import denormalised_patches, patchify, unpatchify
-from training.methods.base import Batch, MethodConfig
+from training.methods.base import Batch, MethodConfig, mean_of
 from training.models.config import TextConfig, VisionConfig
 
 
@@ -52,6 +53,11 @@ def read_captions(tokenizer: Tokenizer, captions: Sequence[str], device: torch.d
     longest = int(end_B.max()) + 1 if len(end_B) else 1
     length = min(ids_BL.shape[1], -(-longest // 8) * 8)
     return Captions(ids=ids_BL[:, :length].to(device, non_blocking=True), ends=end_B.to(device, non_blocking=True))
+
+
+def captions_cut(tokenizer: Tokenizer, batch: Batch) -> LossSum:
+    """Return the metric of the share of captions that are too long for the context, and lose their last words."""
+    return mean_of(tokenizer.is_cut(batch.captions).to(batch.images.device, non_blocking=True))
 
 
 def to_pictures(pixels_BCSS: Tensor) -> Tensor:
