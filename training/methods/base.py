@@ -140,6 +140,10 @@ class Method(nn.Module, ABC):
         """Return whether a run on data without captions is to be refused."""
         return True
 
+    def borrowed_parts(self) -> Sequence[str]:
+        """Return the parts that make sense only with weights of another run: `init` has to load them."""
+        return ()
+
     def embed(self, batch: Batch) -> Embedded:
         """Return what this part's and other samples' losses need. Nothing, when every sample stands alone."""
         return Embedded()

@@ -3,7 +3,7 @@
 Legend: B batch, C colours, S side, N patches, V visible, M masked, D encoder width, K values predicted for a patch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,6 +68,10 @@ class Mae(Method):
     def needs_captions(cls, config: Any) -> bool:
         """Pictures are enough."""
         return False
+
+    def borrowed_parts(self) -> Sequence[str]:
+        """A teacher is another run's encoder."""
+        return ("teacher",) if self.config.target == "features" else ()
 
     def losses(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> Sums:
         """Return the mean squared error of the hidden patches."""
