@@ -72,6 +72,8 @@ class Manifest:
     columns: names and Arrow types of the shard parquet's columns, in their order. config: the settings that affect
     results, but for where the lists are.
     sources: one {"path", "size_bytes", "sha256", "num_rows"} per input file.
+    repairs: one entry for each `pairmill repair` that found something to do: {"num_rows": input rows tried again,
+    "before": {reason: n}, "after": {"kept": n, reason: n, ...}, "first_shard", "num_shards"}.
     """
 
     version: int
@@ -82,6 +84,7 @@ class Manifest:
     columns: dict[str, str]
     config: dict[str, Any]
     sources: tuple[dict[str, Any], ...]
+    repairs: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()  # every part has an order of its own
@@ -93,7 +96,8 @@ class Manifest:
             Shard(**{**shard, "tar": FileInfo(**shard["tar"]), "parquet": FileInfo(**shard["parquet"])})
             for shard in plain.pop("shards")
         )
-        return Manifest(shards=shards, sources=tuple(plain.pop("sources")), **plain)
+        repairs = tuple(plain.pop("repairs", ()))
+        return Manifest(shards=shards, sources=tuple(plain.pop("sources")), repairs=repairs, **plain)
 
 
 def read_manifest(dataset: str) -> tuple[Store, Manifest]:

@@ -62,13 +62,17 @@ def sample_key(number: int, samples_per_shard: int) -> tuple[int, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class PackStage:
-    """`shards`: the parts of every shard. columns: whose names they have, see `PackConfig`."""
+    """`shards`: the parts of every shard, the first being shard number `first_shard`.
+
+    columns: whose names they have, see `PackConfig`.
+    """
 
     store: Store
     shards: tuple[tuple[Part, ...], ...]
     duplicates: Duplicates
     samples_per_shard: int
     columns: ColumnNames = "pairmill"
+    first_shard: int = 0
     name: str = "pack"
     num_cpus: float = 1.0
     memory_bytes: int = 512 * 2**20
@@ -79,7 +83,8 @@ class PackStage:
 
     def units(self) -> Sequence[Unit]:
         return [
-            Unit(id=f"{index:05}", params={"index": index, "parts": parts}) for index, parts in enumerate(self.shards)
+            Unit(id=f"{index:05}", params={"index": index, "parts": parts})
+            for index, parts in enumerate(self.shards, self.first_shard)
         ]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -40,6 +41,21 @@ def make_manifest(
         columns=_columns(store, packed[0].path_of("samples.parquet")),
         config={name: value for name, value in flatten(config, only_result=True).items() if name != "input"},
         sources=source_entries,
+    )
+
+
+def extend_manifest(
+    store: Store, manifest: Manifest, packed: Sequence[Marker], recorded: Mapping[str, Marker], history: dict[str, Any]
+) -> Manifest:
+    """The manifest after a repair: further shards, and the counts of all records as they are now. RunError as above."""
+    shards = (*manifest.shards, *(_shard(index, marker) for index, marker in enumerate(packed, len(manifest.shards))))
+    counts, num_samples = total_counts(recorded), sum(shard.num_samples for shard in shards)
+    if sum(counts.values()) != manifest.num_input_rows:
+        raise _unsound(store, f"{counts} do not account for {manifest.num_input_rows:,} input rows")
+    if counts["kept"] != num_samples:
+        raise _unsound(store, f"{counts['kept']:,} kept pairs, {num_samples:,} samples in shards")
+    return replace(
+        manifest, shards=shards, counts=counts, num_samples=num_samples, repairs=(*manifest.repairs, history)
     )
 
 

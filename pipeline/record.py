@@ -4,6 +4,7 @@
         status         "kept" or "dropped"; reason, rule, score and threshold are those of the stage that dropped it
         duplicate_of   uid of the sample with the same bytes, for the reason `duplicate_bytes`
         shard, key     where the sample is, for kept pairs
+        generation     0, or the number of the repair that tried the pair last
     counts             rows (input rows), pairs, kept, repeated_pair, reason:<reason> (input rows)
 
 Counts are of input rows: `kept` + `repeated_pair` (further rows of kept pairs) + the reasons = rows.
@@ -35,13 +36,18 @@ _IN_TAR = ("image_offset", "image_size")
 
 @dataclass(frozen=True, kw_only=True)
 class RecordStage:
-    """`num_kept`: survivors of every unit, in unit order."""
+    """`num_kept`: survivors of every unit, in unit order.
+
+    A repair's samples begin with shard `first_shard`; its rows are not published, see `pipeline.repair`.
+    """
 
     store: Store
     decided: tuple[DecidedUnit, ...]
     num_kept: tuple[int, ...]
     duplicates: Duplicates
     samples_per_shard: int
+    first_shard: int = 0
+    generation: int = 0
     name: str = "record"
     num_cpus: float = 1.0
     memory_bytes: int = 256 * 2**20
@@ -51,7 +57,7 @@ class RecordStage:
         return {**self.__dict__, "decided": (), "num_kept": ()}
 
     def units(self) -> Sequence[Unit]:
-        starts = np.cumsum([0, *self.num_kept]).tolist()
+        starts = np.cumsum([self.first_shard * self.samples_per_shard, *self.num_kept]).tolist()
         return [
             Unit(id=unit.id, params={"unit": unit, "start": start})
             for unit, start in zip(self.decided, starts, strict=False)
@@ -68,7 +74,7 @@ class RecordStage:
             | verdicts
             | {name: table.column(name) for name in (*own[5:], *extra)}
         )
-        path = output.path("record.parquet", publish_as=record_path(decided.index))
+        path = output.path("record.parquet", publish_as=None if self.generation else record_path(decided.index))
         pq.write_table(pa.table(columns), path, compression="zstd")
         for name, number in count_rows(verdicts["reason"].to_pylist(), column_list(table, "num_rows")).items():
             output.count(name, number)
@@ -89,7 +95,8 @@ class RecordStage:
         for place, row in enumerate(survivors(self.store, decided, self.duplicates).tolist()):
             values["shard"][row], values["key"][row] = sample_key(start + place, self.samples_per_shard)
         values["status"] = ["dropped" if reason else "kept" for reason in values["reason"]]
-        types = {"score": pa.float64(), "threshold": pa.float64(), "shard": pa.int32()}
+        values["generation"] = [self.generation] * table.num_rows
+        types = {"score": pa.float64(), "threshold": pa.float64(), "shard": pa.int32(), "generation": pa.int32()}
         return {name: pa.array(column, types.get(name, pa.string())) for name, column in values.items()}
 
 

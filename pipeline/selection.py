@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cluster.journal import Marker
 from cluster.store import Store
 from pipeline.buckets import Records, read_bucket, read_bucket_sizes
+from pipeline.readers.schema import RESERVED
 from pipeline.workfile import WorkFile
 
 # A dropped row of a fetch unit and the uid of the sample that represents it.
@@ -99,9 +100,8 @@ def open_images(store: Store, images: WorkFile) -> Iterator[BinaryIO]:
 
 
 def extra_columns(schema: pa.Schema) -> list[str]:
-    """The list's own columns in a schema of the fetch stage: those after the ones it describes."""
-    names: list[str] = schema.names
-    return names[names.index("seconds") + 1 :]
+    """The list's own columns in a schema of the fetch stage or of a record."""
+    return [name for name in schema.names if name not in RESERVED]
 
 
 def column_list(table: pa.Table, name: str) -> list[Any]:

@@ -9,9 +9,14 @@ from pathlib import Path
 from cluster.errors import RunError
 from cluster.journal import Marker, file_sha256
 from cluster.store import Store
+from pipeline.generations import split_stage
 
 # What was made from a stage's output and does not fit a new one. Decisions are made again as they were.
-_AFTER = {"fetch": ("decide/{unit}.json", "dedup", "pack", "record"), "decide": ()}
+_AFTER = {
+    "fetch": ("decide/{unit}.json", "dedup", "pack", "verdict", "record"),
+    "decide": (),
+    "verdict": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +68,13 @@ class WorkFile:
             raise self._unusable(store, "is damaged: its sha256 is not the one that its marker has")
 
     def _unusable(self, store: Store, problem: str) -> RunError:
-        markers = [f"{self.stage}/{self.unit}.json", *(name.format(unit=self.unit) for name in _AFTER[self.stage])]
-        remove = " ".join(store.url_of(f"journal/{name}") for name in markers)
-        again = "downloads it again" if self.stage == "fetch" else "makes it again"
+        generation, stage = split_stage(self.stage)
+        if stage == "record":
+            return RunError(f"{store.url_of(self.path)} {problem}; `pairmill verify` says what to do")
+        after = [name.format(unit=self.unit) for name in _AFTER[stage] if generation or name != "verdict"]
+        markers = [f"{stage}/{self.unit}.json", *after]
+        remove = " ".join(store.url_of(f"journal/{generation}{name}") for name in markers)
+        again = "downloads it again" if stage == "fetch" else "makes it again"
         return RunError(
             f"stage {self.stage}, unit {self.unit}: {store.url_of(self.path)} {problem}; remove (rm -rf) what follows "
             f"and run the same command, which {again}; if all of work/ is gone, build into a new output\n  {remove}"

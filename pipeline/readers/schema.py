@@ -44,7 +44,9 @@ RESERVED = frozenset(
             "caption_offset",
             "caption_size",
         ),
-        *("attempts", "seconds", "duplicate_of", "unit", "shard", "error_message", "exif"),
+        *("attempts", "seconds", "duplicate_of", "unit", "shard", "error_message", "exif", "generation"),
+        *("received_bytes", "dns_seconds", "connect_seconds", "tls_seconds", "first_byte_seconds"),
+        *("http_version", "server_address", "phash", "phash_mirror", "sharpness", "md5", "sha512"),
     )
 )
 """Names that a list's further columns may not have in the outputs; such columns are called `source_<name>` there."""
