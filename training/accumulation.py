@@ -70,11 +70,13 @@ class _Cache:
         self._method = method
         self._scope: Scope = method.scope(parts[0].step)
         self._own: list[dict[str, Tensor]] = []
+        self._constant: list[dict[str, Tensor]] = []
         self._keeps = False
         for part in parts:
             with torch.no_grad():
                 embedded: Embedded = call(part, method.embed)
             self._own.append({name: x.detach().requires_grad_() for name, x in embedded.shared.items()})
+            self._constant.append(embedded.constant)
             self._keeps |= bool(embedded.kept)
             del embedded  # what it keeps is large
         self.names = list(self._own[0])
@@ -84,6 +86,8 @@ class _Cache:
                 gathered = gather(torch.cat([own[name] for own in self._own]), self._scope)
             leaf_GD = gathered.features.detach().requires_grad_()
             self._everyone[name] = Gathered(features=leaf_GD, offset=gathered.offset)
+        for name in self._constant[0]:
+            self._everyone[name] = gather(torch.cat([constant[name] for constant in self._constant]), self._scope)
 
     def own(self, index: int, part: Batch, *, kept: bool = True) -> Embedded:
         """What `embed` returned for a part; `kept` is computed again, and needs to be inside a forward pass."""
@@ -91,12 +95,14 @@ class _Cache:
         if kept and self._keeps:
             with torch.no_grad():
                 again = self._method.embed(part).kept
-        return Embedded(shared=self._own[index], kept=again)
+        return Embedded(shared=self._own[index], constant=self._constant[index], kept=again)
 
     def everyone(self, index: int) -> dict[str, Gathered]:
         """Everyone's, seen from a part."""
         return {
-            name: Gathered(features=all_.features, offset=all_.offset + index * len(self._own[0][name]))
+            name: Gathered(
+                features=all_.features, offset=all_.offset + index * len((self._own[0] | self._constant[0])[name])
+            )
             for name, all_ in self._everyone.items()
         }
 

@@ -62,6 +62,8 @@ class Embedded:
 
     shared: dict[str, Tensor] = field(default_factory=dict)
     """What the losses of other samples need, in the graph; gathered over ranks and parts, so keep it small."""
+    constant: dict[str, Tensor] = field(default_factory=dict)
+    """What they need that has no graph; gathered as well, under names of its own."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """What only this part's own losses need, as targets: handed on detached, and never held for two parts at once."""
 
@@ -152,8 +154,9 @@ class Method(nn.Module, ABC):
     def losses(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> Sums:
         """Return the sums of this part's samples; runs whatever further passes they need.
 
-        own: what `embed` returned for the same batch. everyone: for each name in `own.shared`, the same of all samples
-        that meet (see `scope`), with gradient, and the row at which this part begins. Takes part in no collective.
+        own: what `embed` returned for the same batch. everyone: for each name in `own.shared` and `own.constant`, the
+        same of all samples that meet (see `scope`), with gradient, and the row at which this part begins. Takes part
+        in no collective.
         """
 
     def counts(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> dict[str, Tensor]:
@@ -175,6 +178,9 @@ class Method(nn.Module, ABC):
     def before_step(self, step: int, num_steps: int) -> None:
         """Do what precedes the first forward pass of a step, once a step, on every rank (a momentum encoder moves)."""
 
+    def after_gradients(self) -> None:
+        """Do what follows the last backward pass of a step, once a step, on every rank; may be collective."""
+
     def show(self, batch: Batch) -> Shown | None:
         """Return what a person can look at of a small batch, or None. Called without gradient, by every rank."""
         return None
@@ -188,7 +194,7 @@ class Method(nn.Module, ABC):
         """Return the loss of the whole batch at once; collective: every rank calls it in the same order."""
         own = self.embed(batch).detached()
         scope = self.scope(batch.step)
-        everyone = {name: gather(x, scope) for name, x in own.shared.items()}
+        everyone = {name: gather(x, scope) for name, x in (own.shared | own.constant).items()}
         return combine(self.losses(batch, own, everyone), self.weights(batch.step))
 
     def parts(self) -> dict[str, nn.Module | nn.Parameter]:

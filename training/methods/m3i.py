@@ -101,8 +101,8 @@ class M3i(Method):
         """As in the base class, but the input is encoded once for `embed` and `losses` together."""
         views = self.views(batch)
         tokens_BND, targets_BPK = self.encode(views), self.targets(views)
-        own = Embedded(shared=self.share(batch, views, tokens_BND, targets_BPK))
-        everyone = {name: gather(x, self.scope(batch.step)) for name, x in own.shared.items()}
+        own = self.meet(batch, views, tokens_BND, targets_BPK)
+        everyone = {name: gather(x, self.scope(batch.step)) for name, x in (own.shared | own.constant).items()}
         return combine(self.sums(batch, views, tokens_BND, targets_BPK, own, everyone), self.weights(batch.step))
 
     def embed(self, batch: Batch) -> Embedded:
@@ -110,7 +110,7 @@ class M3i(Method):
         views = self.views(batch)
         tokens_BND = self.encode(views) if self.config.has_text else None
         targets_BPK = self.targets(views) if self._has_negatives else None
-        return Embedded(shared=self.share(batch, views, tokens_BND, targets_BPK))
+        return self.meet(batch, views, tokens_BND, targets_BPK)
 
     def losses(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> Sums:
         """Return -log P of every target group."""
@@ -159,11 +159,10 @@ class M3i(Method):
         features_BND = self.target.patches(self.target(views.target)).float()
         return plain_norm(features_BND.mean(1, keepdim=True) if self.form.target == "global" else features_BND)
 
-    def share(
-        self, batch: Batch, views: Views, tokens_BND: Tensor | None, targets_BPK: Tensor | None
-    ) -> dict[str, Tensor]:
+    def meet(self, batch: Batch, views: Views, tokens_BND: Tensor | None, targets_BPK: Tensor | None) -> Embedded:
         """Return the embeddings of pictures (as each reading has them) and captions, and the sampled image targets."""
         shared: dict[str, Tensor] = {}
+        constant: dict[str, Tensor] = {}
         if isinstance(self.towers, Towers) and tokens_BND is not None:
             tapped_BND = self._tap("text", tokens_BND, batch.step)
             for reading in views.readings:
@@ -171,12 +170,12 @@ class M3i(Method):
                 in_order_B = None if reading.picture is None else reading.picture.argsort()
                 shared[f"image_{reading.name}"] = z_BE if in_order_B is None else z_BE[in_order_B]
             shared["text"] = self._embed_text(batch.captions)
-            shared["captioned"] = _has_caption(batch).float()
+            constant["captioned"] = _has_caption(batch).float()
         if self._has_negatives and targets_BPK is not None:
             num_places = min(self.config.negative_places, targets_BPK.shape[1])
             drawn_BP = random.bits(batch.seed, batch.sample_ids, batch.epoch, "negatives", targets_BPK.shape[1])
-            shared["negatives"] = take_tokens(targets_BPK, drawn_BP.argsort(dim=1, stable=True)[:, :num_places])
-        return shared
+            constant["negatives"] = take_tokens(targets_BPK, drawn_BP.argsort(dim=1, stable=True)[:, :num_places])
+        return Embedded(shared=shared, constant=constant)
 
     def sums(
         self,
