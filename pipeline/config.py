@@ -157,8 +157,8 @@ class ImageConfig(Config):
 
     mode: Literal["exact", "fast"] = key(
         "exact",
-        "exact: decode the whole image, then shrink it; fast: decode JPEGs at a half, a quarter or an eighth where that "
-        "is no smaller than the result (docs/images.md: speed and loss)",
+        "exact: decode the whole image, then shrink it; fast: decode JPEGs at a half, a quarter or an eighth of their "
+        "size where that is enough (docs/images.md: speed and loss)",
     )
     size: int = key(256, "target side", unit="px", ge=1, le=16_384)
     resize: Resize = key(
@@ -317,13 +317,14 @@ class BuildConfig(Config):
             "fetch.robots=ignore": self.fetch.robots != "ignore",
             "fetch.requests_per_s_per_host=null": self.fetch.requests_per_s_per_host is not None,
             "fetch.contact=null": self.fetch.contact is not None,
+            "image.mode=exact": self.image.mode != "exact",
         }
         needed = " ".join(setting for setting, is_needed in asked.items() if is_needed)
         if not needed:
             return []
         return [
-            "fetch.engine=img2dataset: has no guard against internal addresses, no limit per host and reads neither "
-            f"robots.txt nor tdm-reservation; to go without, set {needed}, or leave fetch.engine at pairmill"
+            "fetch.engine=img2dataset: has no guard against internal addresses, no limit per host, no fast mode and "
+            f"reads neither robots.txt nor tdm-reservation; to go without, set {needed}, or leave fetch.engine at pairmill"
         ]
 
     def _curate_relations(self) -> list[str]:

@@ -15,6 +15,7 @@ FETCHED columns: uid, order, url, caption, num_rows as in the plan (pipeline.pla
     num_redirects    int32
     size_bytes       int64    downloaded body
     sha256           string   hex, of the downloaded body
+    md5, sha512      string   the same, the one that `fetch.compute_hash` names
     source_format    string   of the body by content: jpeg, png, gif, webp, bmp, tiff, avif
     original_width, original_height   int32   of the body, EXIF orientation applied
     width, height    int32    of the encoded image
@@ -23,6 +24,8 @@ FETCHED columns: uid, order, url, caption, num_rows as in the plan (pipeline.pla
     exif             string   JSON of the EXIF tags of kept images, with `image.exif`
     grey_std         float    standard deviation of the encoded image's grey values, 0 (one colour) to 127.5
     mean_red, mean_green, mean_blue   float   0 to 255
+    phash, phash_mirror   uint64   perceptual hashes of the encoded image and of its mirror image (pipeline.signals)
+    sharpness        float    variance of the encoded image's Laplacian (pipeline.signals)
     image_offset     int64    where the image's bytes begin in images.tar
     image_size       int64    their number
     attempts         int32    times that the URL was asked for, 0 for rows that were not downloaded
@@ -40,11 +43,11 @@ moment: keep them out of published shards. Everything else is a function of the 
 """
 
 import contextlib
+import hashlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
@@ -55,12 +58,12 @@ from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
 from pipeline.admission import admission_of
-from pipeline.config import BuildConfig, FetchConfig, ImageConfig
-from pipeline.decode import ImageError
-from pipeline.exif import exif_json
+from pipeline.claims import Claims
+from pipeline.config import BuildConfig, ColumnsConfig, FetchConfig, HashName, ImageConfig
 from pipeline.http import Downloader
-from pipeline.images import Processed, process
+from pipeline.isolate import Decoders, lease_decoders
 from pipeline.ledgers import Ledgers
+from pipeline.picture import ImageError, Processed
 from pipeline.plan import PLANNED
 from pipeline.tar import TarWriter
 from pipeline.transfer import Response
@@ -79,6 +82,8 @@ FETCHED = pa.schema(
         pa.field("num_redirects", pa.int32()),
         pa.field("size_bytes", pa.int64()),
         pa.field("sha256", pa.string()),
+        pa.field("md5", pa.string()),
+        pa.field("sha512", pa.string()),
         pa.field("source_format", pa.string()),
         pa.field("original_width", pa.int32()),
         pa.field("original_height", pa.int32()),
@@ -91,6 +96,9 @@ FETCHED = pa.schema(
         pa.field("mean_red", pa.float32()),
         pa.field("mean_green", pa.float32()),
         pa.field("mean_blue", pa.float32()),
+        pa.field("phash", pa.uint64()),
+        pa.field("phash_mirror", pa.uint64()),
+        pa.field("sharpness", pa.float32()),
         pa.field("image_offset", pa.int64()),
         pa.field("image_size", pa.int64()),
         pa.field("attempts", pa.int32()),
@@ -118,6 +126,8 @@ class FetchStage:
     image: ImageConfig
     num_cpus: float
     memory_bytes: int
+    columns: ColumnsConfig | None = None
+    """Which of the list's columns tell of the image; None: none does."""
     ledgers: Ledgers | None = None
     """The cluster's, of what each host is asked; None: every task keeps the limits for itself."""
     name: str = "fetch"
@@ -134,6 +144,7 @@ class FetchStage:
             ),
             fetch=config.fetch,
             image=config.image,
+            columns=config.columns,
             num_cpus=config.fetch.num_cpus,
             memory_bytes=config.fetch.memory_mib * 2**20,
         )
@@ -160,7 +171,7 @@ class FetchStage:
             from pipeline import img2dataset_engine  # here, as few need it
 
             return img2dataset_engine.fetch_rows(planned, tar, self.fetch, self.image)
-        return fetch_rows(planned, tar, self.fetch, self.image, self.ledgers)
+        return fetch_rows(planned, tar, self.fetch, self.image, self.ledgers, self.columns)
 
 
 def count_fetched(table: pa.Table) -> dict[str, int]:
@@ -182,14 +193,20 @@ Outcome = dict[str, Any]
 
 
 def fetch_rows(
-    planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: ImageConfig, ledgers: Ledgers | None = None
+    planned: pa.Table,
+    tar: TarWriter,
+    fetch: FetchConfig,
+    image: ImageConfig,
+    ledgers: Ledgers | None = None,
+    columns: ColumnsConfig | None = None,
 ) -> list[Outcome]:
     """Fetch the planned rows that have no reason yet; kept images go to the tar. One outcome a row, in their order."""
     outcomes: list[Outcome] = [{"status": "dropped", "attempts": 0} for _ in range(planned.num_rows)]
     num_fetched = 0
     urls, reasons, uids = (planned[name].to_pylist() for name in ("url", "reason", "uid"))
     wanted = [(index, urls[index]) for index, reason in enumerate(reasons) if reason is None]
-    for index, outcome, processed in _fetch(wanted, fetch, image, ledgers):
+    claims = Claims.of(planned, columns, fetch.verify_hash) if columns is not None else Claims()
+    for index, outcome, processed in _fetch(wanted, fetch, image, ledgers, claims):
         if processed is not None:
             outcome["image_offset"] = tar.add(f"{uids[index]}.{image.format}", processed.data)
         outcomes[index] = outcome
@@ -199,7 +216,7 @@ def fetch_rows(
 
 
 def _fetch(
-    wanted: Sequence[tuple[int, str]], fetch: FetchConfig, image: ImageConfig, ledgers: Ledgers | None
+    wanted: Sequence[tuple[int, str]], fetch: FetchConfig, image: ImageConfig, ledgers: Ledgers | None, claims: Claims
 ) -> Iterator[tuple[int, Outcome, Processed | None]]:
     """Outcomes as they come. The network and the decoders work side by side and share one limit of memory."""
     limit_bytes = fetch.memory_mib * 2**20 // 4
@@ -208,6 +225,7 @@ def _fetch(
     with (
         contextlib.closing(admission_of(fetch, ledgers)) as admission,
         Downloader(fetch, admission) as downloader,
+        lease_decoders(fetch.decode_threads, image) as decoders,
         ThreadPoolExecutor(fetch.decode_threads, "decode") as pool,
     ):
         for index, url in wanted:
@@ -215,7 +233,7 @@ def _fetch(
         while downloader.num_open or decoding:
             ended = downloader.poll(POLL_S, limit_bytes - waiting_bytes, may_start=len(decoding) < BACKLOG)
             for response in ended:
-                future = pool.submit(_outcome, response, image)
+                future = pool.submit(_outcome, response, decoders, fetch.compute_hash, claims)
                 future.add_done_callback(lambda _: downloader.wake())
                 decoding.append((len(response.body), future))
                 waiting_bytes += len(response.body)
@@ -226,23 +244,27 @@ def _fetch(
                 yield outcome.pop("index"), outcome, processed
 
 
-def _outcome(response: Response, image: ImageConfig) -> tuple[Outcome, Processed | None]:
+def _outcome(
+    response: Response, decoders: Decoders, compute_hash: HashName, claims: Claims
+) -> tuple[Outcome, Processed | None]:
     """What a response comes to, decoded and encoded if it can be. Runs in a decoder thread."""
     outcome: Outcome = {field.name: getattr(response, field.name) for field in fields(response)}
     body: bytes = outcome.pop("body")
     outcome["status"] = "dropped"
     if response.reason is not None:
         return outcome, None
-    outcome["size_bytes"], outcome["sha256"] = len(body), sha256(body).hexdigest()
+    outcome["size_bytes"], outcome["sha256"] = len(body), hashlib.sha256(body).hexdigest()
+    if compute_hash != "sha256":
+        outcome[compute_hash] = hashlib.new(compute_hash, body).hexdigest()
     try:
-        processed = process(body, image)
+        claims.check_hash(response.index, body)
+        processed = decoders.process(body, claims.boxes_of(response.index))
     except ImageError as refusal:
         outcome["reason"], outcome["detail"] = refusal.reason.value, refusal.detail
         return outcome, None
-    told = {field.name: getattr(processed, field.name) for field in fields(processed) if field.name != "data"}
-    outcome |= told | {"status": "ok", "image_format": image.format, "image_size": len(processed.data)}
-    if image.exif:
-        outcome["exif"] = exif_json(body)
+    told = {name: value for name, value in vars(processed).items() if name != "data"}
+    image_format = decoders.config.format
+    outcome |= told | {"status": "ok", "image_format": image_format, "image_size": len(processed.data)}
     return outcome, processed
 
 

@@ -209,6 +209,13 @@ def _distinct(source: Source, fields: list[tuple[str, pa.DataType]]) -> dict[str
 
 
 def _require_columns(source: Source, head: dict[str, pa.DataType], columns: ColumnsConfig) -> None:
+    for role, name in (("boxes", columns.boxes), ("hash", columns.hash)):
+        if name is not None and name not in head:
+            near = _nearest(name, [*head])
+            raise RequestError(
+                f"{source.name}: no column {name}; it has {', '.join(head) or 'none'}; "
+                f"set columns.{role}={near or 'NAME'}, or leave it out"
+            )
     if source.format == "txt":
         return
     for role, name in (("url", columns.url), ("caption", columns.caption)):
