@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo test check bench-fetch clean
+.PHONY: help demo test test-all check bench-fetch clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -13,6 +13,9 @@ demo: .venv/.installed  ## the main job on the corpus that ships here: build, tr
 
 test: check  ## every check and test
 	$(BIN)/pytest
+
+test-all: check  ## the same, with the tests that go through every combination
+	$(BIN)/pytest -m ""
 
 check: .venv/.installed  ## lint, formatting, types, import directions, spelling
 	$(BIN)/ruff check .

@@ -62,11 +62,11 @@ class Engine:
         num_steps: of the whole run.
         """
         self.deepspeed.module.before_step(batch.step, num_steps)
-        if self.accumulation == 1:
-            output = self.deepspeed(batch)
-            assert isinstance(output, Output)
-            self.deepspeed.backward(output.loss)
-            return output
+        output = self._whole(batch) if self.accumulation == 1 else self._in_parts(batch)
+        self.deepspeed.module.after_gradients()
+        return output
+
+    def _in_parts(self, batch: Batch) -> Output:
         if self.zero_stage == 3:
             # It overwrites gradients in a step's first backward pass and adds to them in the later ones: a parameter
             # that the first pass does not touch would keep the gradient of the step before.
@@ -95,6 +95,18 @@ class Engine:
         with torch.no_grad():
             shown: Shown | None = self.deepspeed(batch, self.deepspeed.module.show)
         return shown
+
+    def _whole(self, batch: Batch) -> Output:
+        output: Output | None = None
+
+        def objective(batch: Batch) -> Tensor:  # a plain tensor, as ZeRO-3 finds no others to hang its hooks on
+            nonlocal output
+            output = self.deepspeed.module.step(batch)
+            return output.loss
+
+        self._backward(self.deepspeed(batch, objective), last=True)
+        assert output is not None
+        return output
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         """DeepSpeed counts one micro-batch a step: parts and divisors are accumulation.py's business, not its own."""
@@ -172,8 +184,9 @@ def adamw(method: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             (decayed if decays(name, parameter) else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],
+        [group for group in groups if group["params"]],  # one may be empty where parts are frozen
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
