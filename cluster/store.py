@@ -3,21 +3,29 @@
 Every write is atomic: readers see the whole object or none. `create` is the one exclusive operation: of any number
 of writers of the same name exactly one gets True, by a hard link on a local disk and by a conditional put on object
 stores that have it (fsspec's mode="create"). Stores with neither fall back to "look, then write", which is safe for
-one writer at a time; see docs/formats.md.
+one writer at a time; see docs/formats.md. Remote calls are repeated while the store is out of order (cluster.remote).
 """
 
 import contextlib
+import errno
 import os
 import posixpath
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from cluster.errors import RequestError, RunError
+from cluster.remote import call
+
+# Asked for a folder, their clients make buckets.
+_WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +43,19 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
+        if "@" in urlsplit(url).netloc and "://" in url:
+            raise RequestError(
+                f"{url.split('://')[0]}://...@...: credentials in a URL would be written into the run's files; "
+                "set them in the environment, or in the store's own configuration"
+            )
         self._fs: Any
-        self._fs, root = fsspec.core.url_to_fs(os.path.expanduser(url) if "://" not in url else url)
+        # Listings are never cached: other processes write here too.
+        self._fs, root = fsspec.core.url_to_fs(
+            os.path.expanduser(url) if "://" not in url else url, use_listings_cache=False
+        )
         self._root = str(root).rstrip("/")
+        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        self._has_folders = protocols.isdisjoint(_WITHOUT_FOLDERS)
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self.url = self._root if self.is_local else url.rstrip("/")
 
@@ -56,57 +74,58 @@ class Store:
         return posixpath.join(self.url, path) if path else self.url
 
     def exists(self, path: str) -> bool:
-        return bool(self._fs.exists(self.full(path)))
+        return bool(self._call(self._fs.exists, path))
 
     def size_bytes(self, path: str) -> int:
         """Size of an object. Raises FileNotFoundError."""
-        return int(self._fs.size(self.full(path)))
+        return int(self._call(self._fs.size, path))
 
     def read_bytes(self, path: str) -> bytes:
         """The whole object. Raises FileNotFoundError."""
-        return cast(bytes, self._fs.cat_file(self.full(path)))
+        return cast(bytes, self._call(self._fs.cat_file, path))
 
     def read_range(self, path: str, offset: int, size_bytes: int) -> bytes:
         """`size_bytes` bytes from `offset`, without reading the rest."""
-        return cast(bytes, self._fs.cat_file(self.full(path), start=offset, end=offset + size_bytes))
+        return cast(bytes, self._call(self._fs.cat_file, path, start=offset, end=offset + size_bytes))
 
     def open(self, path: str) -> BinaryIO:
         """A seekable binary reader."""
-        return cast(BinaryIO, self._fs.open(self.full(path), "rb"))
+        return cast(BinaryIO, self._call(self._fs.open, path, "rb"))
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write or replace an object atomically."""
         if not self.is_local:
-            self._make_parent(path)
-            self._fs.pipe_file(self.full(path), data)
+            self._write(self._fs.pipe_file, path, data)
             return
         with self._local_temporary(path) as temporary:
             _write_synced(temporary, data)
             os.replace(temporary, self.full(path))
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write an object only if there is none of that name; True for the one writer that made it."""
+        """Write an object only if there is none of that name; True for the one writer that made it.
+
+        On an object store a writer that finds its very bytes there has made them, as the answer to a put may be lost:
+        writers have to bring different bytes.
+        """
         if self.is_local:
             return self._create_local(path, data)
-        self._make_parent(path)
-        if self._fs.exists(self.full(path)):
+        if self.exists(path):
             return False
         try:
-            self._fs.pipe_file(self.full(path), data, mode="create")
+            self._write(self._fs.pipe_file, path, data, mode="create")
         except FileExistsError:
-            return False
+            return self.read_bytes(path) == data
         except OSError as error:
             # s3fs reports a lost conditional put as EINVAL instead of FileExistsError.
-            if error.errno == 22 and self._fs.exists(self.full(path)):
-                return False
+            if error.errno == errno.EINVAL and self.exists(path):
+                return self.read_bytes(path) == data
             raise
         return True
 
     def put_file(self, local: Path, path: str) -> None:
         """Move a finished local file into the store under `path`, atomically."""
         if not self.is_local:
-            self._make_parent(path)
-            self._fs.put_file(str(local), self.full(path))
+            self._write(lambda full: self._fs.put_file(str(local), full), path)
             local.unlink()
             return
         target = Path(self.full(path))
@@ -124,12 +143,12 @@ class Store:
     def get_file(self, path: str, local: Path) -> None:
         """Copy an object to a local file."""
         local.parent.mkdir(parents=True, exist_ok=True)
-        self._fs.get_file(self.full(path), str(local))
+        self._call(self._fs.get_file, path, str(local))
 
     def find(self, prefix: str = "") -> list[Entry]:
         """Every object below a folder, sorted by path; an absent folder has none."""
         try:
-            found: dict[str, dict[str, Any]] = self._fs.find(self.full(prefix), detail=True)
+            found: dict[str, dict[str, Any]] = self._call(self._fs.find, prefix, detail=True)
         except FileNotFoundError:
             return []
         start = len(self._root) + 1
@@ -143,10 +162,22 @@ class Store:
     def remove(self, path: str) -> None:
         """Remove an object or a folder with all that is below it; absent is fine."""
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self.full(path), recursive=True)
+            self._call(self._fs.rm, path, recursive=True)
 
-    def _make_parent(self, path: str) -> None:
-        self._fs.makedirs(posixpath.dirname(self.full(path)), exist_ok=True)
+    def _call(self, function: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+        """`function(absolute path, ...)`."""
+        if self.is_local:
+            return function(self.full(path), *args, **kwargs)
+        return call(self.url_of(path), function, self.full(path), *args, **kwargs)
+
+    def _write(self, function: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> None:
+        """`_call` for a remote write. RunError where there is no place to write to."""
+        try:
+            if self._has_folders:
+                self._call(lambda full: self._fs.makedirs(posixpath.dirname(full), exist_ok=True), path)
+            self._call(function, path, *args, **kwargs)
+        except FileNotFoundError as error:
+            raise RunError(f"{self.url_of(path)}: cannot be written: {error}; make the bucket first") from error
 
     def _create_local(self, path: str, data: bytes) -> bool:
         with self._local_temporary(path) as temporary:

@@ -5,12 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from s3_server import BUCKET
 
 from cluster.store import Entry, Store
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return Store(f"s3://{BUCKET}/{tmp_path.name}/run")
     return Store(str(tmp_path / "run") if request.param == "local" else f"memory://{tmp_path.name}/run")
 
 
@@ -26,7 +30,7 @@ def test_what_is_written_is_read_back_whole_and_in_part(store: Store) -> None:
 
 
 def test_one_of_many_writers_creates(store: Store) -> None:
-    writers = range(8) if store.is_local else range(1)
+    writers = range(1) if store.url.startswith("memory") else range(8)
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda n: store.create("marker.json", b"%d" % n), writers))
     assert sum(won) == 1
