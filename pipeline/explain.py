@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from cluster.config import REQUIRED, Config, key
 from cluster.errors import EXIT_DONE, RequestError
-from cluster.journal import Journal
+from cluster.journal import Journal, Marker
 from cluster.run import require_run
 from cluster.store import Store
+from pipeline.generations import record_markers, stage_name
 from pipeline.readers.schema import RESERVED
 from pipeline.reasons import sentence
 
@@ -74,6 +75,8 @@ def tell(store: Store, found: Found) -> list[str]:
     if found.stage == "plan-order":
         verdict = f"dropped: {_because(row)}" if row["reason"] else "waits for its download; the build is not finished"
         return [*lines, f"  result      {verdict}"]
+    if number := row.get("generation"):
+        lines.append(f"  repair      tried again by repair {number}; what follows is of then")
     lines += _download(row)
     lines += _rules(store, found)
     if row.get("duplicate_of"):
@@ -113,12 +116,11 @@ def _download(row: dict[str, Any]) -> Iterator[str]:
 def _rules(store: Store, found: Found) -> Iterator[str]:
     """Each rule's score beside its threshold: the plan's from the row, the image rules' from their decisions."""
     row = found.row
-    decided = Journal(store).marker("decide", found.unit)
     verdicts = []
-    if decided:
+    for decided in _decided(Journal(store), found):
         table = _Table(stage="decide", unit=found.unit, path=decided.path_of("decisions.parquet"))
         with contextlib.suppress(FileNotFoundError):  # work/ of a finished build may be removed
-            verdicts = table.rows(store, "uid", row["uid"])
+            verdicts += table.rows(store, "uid", row["uid"])
     if row["rule"] and row["score"] is not None and row["rule"] not in [verdict["rule"] for verdict in verdicts]:
         verdicts.insert(0, {**row, "keep": False})
     for verdict in verdicts:
@@ -127,6 +129,14 @@ def _rules(store: Store, found: Found) -> Iterator[str]:
         if verdict["threshold"] is not None:
             limit = f" (keeps {_limit(verdict['rule'])} {verdict['threshold']:.6g})"
         yield f"  rule        {verdict['rule']}: {verdict['score']:.6g}{limit}, {outcome}"
+
+
+def _decided(journal: Journal, found: Found) -> list[Marker]:
+    """The decide units that may have the pair's decisions: its own, or those of the repair that tried it last."""
+    if number := found.row.get("generation"):
+        return list(journal.markers(stage_name(number, "decide")).values())
+    marker = journal.marker("decide", found.unit)
+    return [marker] if marker else []
 
 
 def _limit(rule: str) -> str:
@@ -182,7 +192,7 @@ class _Table:
 def _tables(store: Store) -> Iterator[_Table]:
     """The rows of every fetch unit, in the dataset's order."""
     journal = Journal(store)
-    fetched, recorded = journal.markers("fetch"), journal.markers("record")
+    fetched, recorded = journal.markers("fetch"), record_markers(journal)
     planned = journal.markers("plan-order")
     if not planned:  # a copy of a dataset without its journal, or a build that has only begun
         for entry in store.find("record"):

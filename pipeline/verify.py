@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tarfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from cluster.errors import EXIT_DONE, EXIT_FAILED
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
+from pipeline.generations import num_repairs, record_markers, stage_name
 from pipeline.manifest import FileInfo, Manifest, Shard, read_manifest
 
 CHUNK_BYTES = 8 * 2**20
@@ -35,17 +37,19 @@ class VerifyConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One thing that is wrong: the file, in what way, and the journal marker whose unit has to be done again."""
+    """One thing that is wrong: the file, in what way, and the journal markers whose units have to be done again."""
 
     path: str
     problem: str
-    marker: str = ""
+    markers: tuple[str, ...] = ()
 
 
 def verify_command(config: VerifyConfig) -> int:
     """Check a dataset, print what is damaged and what to do; the exit status."""
     store, manifest = read_manifest(config.dataset)
     damages = verify(store, manifest, decode=config.decode, threads=config.threads)
+    if num_repairs(Journal(store)) > len(manifest.repairs):
+        print(f"{store.url}: a repair was interrupted; `pairmill repair {store.url}` goes on with it")
     if not damages:
         size_gib = sum(shard.tar.size_bytes + shard.parquet.size_bytes for shard in manifest.shards) / 2**30
         print(
@@ -61,12 +65,17 @@ def verify_command(config: VerifyConfig) -> int:
 
 def verify(store: Store, manifest: Manifest, *, decode: int | None = 16, threads: int = 4) -> list[Damage]:
     """Everything that is wrong with a dataset, in order of its files."""
-    records = list(Journal(store).markers("record").values())
-    found = [*_check_counts(manifest), *_check_strays(store, manifest)]
+    journal = Journal(store)
+    is_amid_repair = num_repairs(journal) > len(manifest.repairs)
+    # A repair that was interrupted has packed shards and replaced records that manifest.json does not speak of yet.
+    records = [] if is_amid_repair else list(record_markers(journal).values())
+    found = [*_check_counts(manifest), *([] if is_amid_repair else _check_strays(store, manifest))]
     with Progress(title=f"verify {store.url}") as progress, ThreadPoolExecutor(threads) as pool:
         progress.start("verify", num_units=len(manifest.shards) + len(records))
-        tasks = [pool.submit(_check_shard, store, shard, decode) for shard in manifest.shards]
-        tasks += [pool.submit(_check_record, store, marker) for marker in records]
+        tasks = [
+            pool.submit(_check_shard, store, shard, _pack_marker(manifest, shard), decode) for shard in manifest.shards
+        ]
+        tasks += [pool.submit(_check_record, store, marker, len(manifest.repairs)) for marker in records]
         for task in as_completed(tasks):
             damages, num_samples = task.result()
             found += damages
@@ -77,7 +86,7 @@ def verify(store: Store, manifest: Manifest, *, decode: int | None = 16, threads
 
 def remedy(store: Store, damages: Sequence[Damage]) -> str:
     """What to do about damages, for people."""
-    markers = sorted({damage.marker for damage in damages if damage.marker})
+    markers = sorted({marker for damage in damages for marker in damage.markers})
     lines = []
     if markers and not store.find("work/fetch"):
         lines.append(
@@ -90,7 +99,7 @@ def remedy(store: Store, damages: Sequence[Damage]) -> str:
             f"remove these objects, then run the same build command, which makes the damaged files again from the "
             f"downloaded images:\n  {remove}"
         )
-    if strays := [store.url_of(damage.path) for damage in damages if not damage.marker]:
+    if strays := [store.url_of(damage.path) for damage in damages if not damage.markers]:
         lines.append("not part of the dataset, or not repairable one by one: " + ", ".join(strays))
     return "\n".join(lines)
 
@@ -117,28 +126,35 @@ def _check_strays(store: Store, manifest: Manifest) -> Iterator[Damage]:
             yield Damage(path=entry.path, problem="is not in manifest.json; remove it")
 
 
-def _check_shard(store: Store, shard: Shard, decode: int | None) -> tuple[list[Damage], int]:
-    marker = f"journal/pack/{shard.index:05}.json"
+def _pack_marker(manifest: Manifest, shard: Shard) -> str:
+    """The marker of the unit that made a shard: the build's, or that of the repair that added it."""
+    first_shards = [int(repair["first_shard"]) for repair in manifest.repairs]
+    return f"journal/{stage_name(bisect_right(first_shards, shard.index), 'pack')}/{shard.index:05}.json"
+
+
+def _check_shard(store: Store, shard: Shard, marker: str, decode: int | None) -> tuple[list[Damage], int]:
     damages = [
-        Damage(path=file.path, problem=problem, marker=marker)
+        Damage(path=file.path, problem=problem, markers=(marker,))
         for file in (shard.tar, shard.parquet)
         if (problem := _file_problem(store, file))
     ]
     if not damages:
         damages = [
-            Damage(path=path, problem=problem, marker=marker)
+            Damage(path=path, problem=problem, markers=(marker,))
             for path, problem in _sample_problems(store, shard, decode)
         ]
     return damages, shard.num_samples
 
 
-def _check_record(store: Store, marker: Marker) -> tuple[list[Damage], int]:
+def _check_record(store: Store, marker: Marker, num_repairs: int) -> tuple[list[Damage], int]:
+    """A damaged record is made again as the build had it, then changed again by every repair."""
     damages = []
+    stages = [stage_name(number, "record") for number in range(num_repairs + 1)]
+    markers = tuple(f"journal/{stage}/{marker.unit}.json" for stage in stages)
     for output in marker.outputs:
         file = FileInfo(path=output.path, size_bytes=output.size_bytes, sha256=output.sha256)
         if problem := _file_problem(store, file):
-            path = f"journal/record/{marker.unit}.json"
-            damages.append(Damage(path=file.path, problem=problem, marker=path))
+            damages.append(Damage(path=file.path, problem=problem, markers=markers))
     return damages, 0
 
 
