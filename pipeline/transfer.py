@@ -1,5 +1,6 @@
 """One request: what is taken of its answer, and what its end means."""
 
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,13 @@ MAX_HEADER_BYTES = 2**16
 """Of one answer, with its trailers and everything before it."""
 UNREAD_BYTES = 2**16
 """Of a body that is of no use: reading this much keeps the connection, more is not worth it."""
+_STATUS = re.compile(rb"HTTP/([0-9.]+) +([0-9]{3})")
+MAX_PIECES, MIN_PIECE_BYTES = 4_096, 16
+"""A body that comes in more pieces, of fewer bytes on average, costs more time than it is worth."""
 
 # libcurl's error numbers that mean one thing to us; 92, 95 and 100 have no name in pycurl.
 _REASONS: dict[int, Reason] = {
-    pycurl.E_UNSUPPORTED_PROTOCOL: Reason.UNSUPPORTED_SCHEME,
+    pycurl.E_UNSUPPORTED_PROTOCOL: Reason.BAD_RESPONSE,  # an HTTP version or status that does not exist
     pycurl.E_URL_MALFORMAT: Reason.INVALID_URL,
     pycurl.E_COULDNT_RESOLVE_HOST: Reason.DNS_FAILURE,
     pycurl.E_COULDNT_CONNECT: Reason.CONNECTION_FAILED,
@@ -45,6 +49,8 @@ _REASONS: dict[int, Reason] = {
     100: Reason.BAD_RESPONSE,  # headers beyond libcurl's 300 KB
 }
 
+_MALFORMED = ("HTTP/0.9", "response headers", "hexadecimal", "chunk")
+"""In libcurl's messages on answers without a status line, with 300 KB of headers or with bad chunks, under any code."""
 
 _TIMES = (
     *(pycurl.TOTAL_TIME_T, pycurl.NAMELOOKUP_TIME_T, pycurl.CONNECT_TIME_T),
@@ -129,9 +135,11 @@ class _Answer:
 
     header_bytes: int = 0
     lines: list[bytes] = field(default_factory=list)
+    version: str | None = None
     status: int | None = None
     headers: Headers = field(default_factory=dict)
     body: bytearray = field(default_factory=bytearray)
+    num_pieces: int = 0
     unread_bytes: int = 0
     stopped: Reason | Refusal | None = None
     """Why we broke it off."""
@@ -197,14 +205,13 @@ class Transfer:
         reason, rule, detail = self._verdict(code, text)
         if answer.status is not None:
             job.http_status, job.final_url = answer.status, job.url
-        version = answer.lines[0].split()[0].removeprefix(b"HTTP/").decode("latin-1") if answer.status else None
         return Response(
             index=job.index,
             reason=reason,
             rule=rule,
             detail=detail,
             http_status=job.http_status,
-            http_version=version,
+            http_version=answer.version,
             final_url=job.final_url,
             server_address=curl.getinfo(pycurl.PRIMARY_IP) or None,
             num_redirects=job.num_redirects,
@@ -231,7 +238,7 @@ class Transfer:
             return stopped.value, None, detail
         if code == pycurl.E_COULDNT_CONNECT and answer.is_forbidden:
             return Reason.FORBIDDEN_ADDRESS.value, None, detail
-        if "HTTP/0.9" in text or "response headers" in text:  # no status line, or 300 KB of headers
+        if any(words in text for words in _MALFORMED):
             return Reason.BAD_RESPONSE.value, None, detail
         if code:
             return _REASONS.get(code, Reason.CONNECTION_FAILED).value, None, detail
@@ -249,11 +256,14 @@ class Transfer:
         if line not in (b"\r\n", b"\n"):
             answer.lines.append(line)
             return None
-        words = answer.lines[0].split(None, 2) if answer.lines else []
-        if len(words) < 2 or not words[1].isdigit() or words[1].startswith(b"1"):
-            answer.lines.clear()  # of a 1xx: the answer itself is still to come
+        found = _STATUS.match(answer.lines[0]) if answer.lines else None
+        if found is None:
+            answer.stopped = Reason.BAD_RESPONSE
+            return -1
+        if found[2].startswith(b"1"):
+            answer.lines.clear()  # the answer itself is still to come
             return None
-        answer.status = int(words[1])
+        answer.version, answer.status = found[1].decode(), int(found[2])
         answer.headers = parse_headers(answer.lines[1:])
         if 200 <= answer.status < 300 and self.job is not None and not self.job.is_needed:
             answer.stopped = self._admission.judge(self.job.url, answer.headers)
@@ -267,6 +277,10 @@ class Transfer:
             return -1 if answer.unread_bytes > UNREAD_BYTES else None
         if len(answer.body) + len(data) > self.job.max_bytes:
             answer.stopped = Reason.TOO_LARGE
+            return -1
+        answer.num_pieces += 1
+        if answer.num_pieces > MAX_PIECES and len(answer.body) < answer.num_pieces * MIN_PIECE_BYTES:
+            answer.stopped = Reason.BAD_RESPONSE
             return -1
         answer.body += data
         self._meter.held_bytes += len(data)

@@ -288,7 +288,7 @@ def test_transient_failures_are_tried_again_and_permanent_ones_never(tmp_path: P
     rows, _, _ = fetch(tmp_path, urls, "fetch.retries=3")
     attempts = {url: (row["reason"], row["attempts"]) for url, row in rows.items()}
     assert attempts[web.url("flaky")] == (None, 3)
-    assert (attempts[web.url("reset")][0], web.seen["reset"]) == (None, 2)  # libcurl repeats it if the connection was old
+    assert (attempts[web.url("reset")][0], web.seen["reset"]) == (None, 2)  # or libcurl does it
     assert attempts[web.url("status/410")] == ("http_410", 1)
     assert attempts[web.url("status/429")] == ("http_429", 4)
 
