@@ -69,6 +69,7 @@ class _Cache:
     def __init__(self, method: Method, parts: list[Batch], call: Call) -> None:
         self._method = method
         self._scope: Scope = method.scope(parts[0].step)
+        self._size = len(parts[0].captions)
         self._own: list[dict[str, Tensor]] = []
         self._constant: list[dict[str, Tensor]] = []
         self._keeps = False
@@ -100,9 +101,7 @@ class _Cache:
     def everyone(self, index: int) -> dict[str, Gathered]:
         """Everyone's, seen from a part."""
         return {
-            name: Gathered(
-                features=all_.features, offset=all_.offset + index * len((self._own[0] | self._constant[0])[name])
-            )
+            name: Gathered(features=all_.features, offset=all_.offset + index * self._size)
             for name, all_ in self._everyone.items()
         }
 
@@ -114,10 +113,9 @@ class _Cache:
             asked_GD = _gradient(everyone.features)
             if self._scope == "global":
                 asked_GD = all_reduce_sum(asked_GD)
-            size = len(self._own[0][name])
             for index, own in enumerate(self._own):
-                first = everyone.offset + index * size
-                asked[index][name] = _gradient(own[name]) + asked_GD[first : first + size]
+                first = everyone.offset + index * self._size
+                asked[index][name] = _gradient(own[name]) + asked_GD[first : first + self._size]
         return asked
 
 

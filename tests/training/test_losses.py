@@ -10,6 +10,7 @@ from torch.nn import functional
 from training.losses.distributed import Gathered, LossSum, gather, normalise
 from training.losses.info_nce import info_nce, matched
 from training.losses.language_reconstruction import language_reconstruction
+from training.losses.siglip import sigmoid_pairs
 from training.losses.similarity import MAX_SCALE, product, scale, unit
 
 
@@ -54,6 +55,43 @@ def test_info_nce_has_the_value_and_gradients_of_the_papers_equations() -> None:
     expected.backward()
     for leaf, naive_leaf in zip(leaves, naive_leaves, strict=True):
         # float32 against float64: eps 1.2e-7 times logits of up to 7.
+        torch.testing.assert_close(leaf.grad, naive_leaf.grad.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_siglip_equals_the_hand_computed_case() -> None:
+    # Similarities [[1, 0.6], [0, 0.8]], t = 2, b = -1: logits [[1, 0.2], [-1, 0.6]], own pairs on the diagonal.
+    # -log sigmoid(1) = log(1 + e^-1) = 0.313262;  -log sigmoid(-0.2) = log(1 + e^0.2) = 0.798139
+    # -log sigmoid(-(-1)) = log(1 + e^-1) = 0.313262;  -log sigmoid(0.6) = log(1 + e^-0.6) = 0.437488
+    # Sum: 1.862151
+    loss = sigmoid_pairs(
+        torch.eye(2), gather(torch.tensor([[1.0, 0.0], [0.6, 0.8]])), torch.tensor(2.0), torch.tensor(-1.0)
+    )
+    assert loss.sum.item() == pytest.approx(1.862151, abs=2e-6)
+    assert loss.count.item() == 2
+
+
+def naive_siglip(image: Tensor, text: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+    """Eq. 1 of SigLIP, term by term; the mean over pictures."""
+    total = torch.zeros((), dtype=image.dtype)
+    for i in range(len(image)):
+        for j in range(len(text)):
+            z = 1 if i == j else -1
+            total = total - torch.log(1 / (1 + torch.exp(z * (-factor * (image[i] * text[j]).sum() - bias))))
+    return total / len(image)
+
+
+def test_siglip_has_the_value_and_gradients_of_the_papers_equation() -> None:
+    leaves = [random_unit(5, 4, seed=0), random_unit(5, 4, seed=1), torch.tensor(7.0), torch.tensor(-2.0)]
+    naive_leaves = [leaf.double().requires_grad_() for leaf in leaves]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    image, text, factor, bias = leaves
+    loss = sigmoid_pairs(image, gather(text), factor, bias)
+    expected = naive_siglip(*naive_leaves)
+    assert loss.sum.item() / loss.count.item() == pytest.approx(expected.item(), rel=1e-6)
+    (loss.sum / loss.count).backward()
+    expected.backward()
+    for leaf, naive_leaf in zip(leaves, naive_leaves, strict=True):
+        # float32 against float64: eps 1.2e-7 times logits of up to 9.
         torch.testing.assert_close(leaf.grad, naive_leaf.grad.float(), rtol=1e-5, atol=1e-6)
 
 
