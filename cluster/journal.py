@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RunError
+from cluster.scratch import scratch_folder
 from cluster.store import Store
 
 
@@ -136,12 +136,13 @@ class Journal:
         if self.store.is_local:  # same file system as the outputs: publishing is a rename
             folder = Path(self.store.full(f"work/{stage}/{unit}.{uuid.uuid4().hex[:12]}.tmp"))
             folder.mkdir(parents=True)
-        else:
-            folder = Path(tempfile.mkdtemp(prefix="pairmill-"))
-        try:
+            try:
+                yield UnitOutput(folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+        with scratch_folder() as folder:
             yield UnitOutput(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, stage: str, unit: str, output: UnitOutput, seconds: float = 0.0) -> Marker:
         """Publish an attempt's files and create the unit's marker; returns the marker that won, ours or another's."""
