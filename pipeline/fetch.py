@@ -170,7 +170,7 @@ class FetchStage:
         if self.fetch.engine == "img2dataset":
             from pipeline import img2dataset_engine  # here, as few need it
 
-            return img2dataset_engine.fetch_rows(planned, tar, self.fetch, self.image)
+            return img2dataset_engine.fetch_rows(planned, tar, self.fetch, self.image, self.columns)
         return fetch_rows(planned, tar, self.fetch, self.image, self.ledgers, self.columns)
 
 

@@ -15,13 +15,13 @@ limit per host, and knows neither robots.txt nor Retry-After: pipeline.config re
 engine. docs/img2dataset.md lists where its images differ from ours.
 """
 
+import hashlib
 import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,26 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import FetchConfig, ImageConfig
-from pipeline.decode import ImageError, sniff
-from pipeline.images import process
+from pipeline.claims import Claims
+from pipeline.config import ColumnsConfig, FetchConfig, ImageConfig
+from pipeline.decode import sniff
+from pipeline.images import Boxes, ImageError, process
 from pipeline.reasons import Reason, http_reason
+from pipeline.signals import measure
 from pipeline.tar import TarWriter
 from pipeline.urls import UrlError, clean_url
 
 Outcome = dict[str, Any]
+Wanted = tuple[int, str, Boxes]
+"""Number, URL and boxes to blur of a row."""
 
-PNG_COMPRESSION = 6
 
 # What its messages (the exceptions of urllib, http.client and ssl as text) mean, first match wins.
 _DOWNLOAD_ERRORS: tuple[tuple[str, Reason], ...] = (
     (r"redirect error that would lead to an infinite loop", Reason.TOO_MANY_REDIRECTS),
     (r"X-Robots-Tag", Reason.OPTED_OUT),
-    (r"Errno -[2345]\b|Name or service not known|name resolution|No address associated", Reason.DNS_FAILURE),
+    (r"Errno -3\b|[Tt]emporary failure in name resolution", Reason.DNS_FAILURE),
+    (r"Errno -[245]\b|Name or service not known|No address associated", Reason.UNKNOWN_HOST),
     (r"SSL|certificate|EOF occurred in violation of protocol", Reason.TLS_FAILURE),
     (r"timed out", Reason.TIMEOUT),
     (r"IncompleteRead", Reason.TRUNCATED),
@@ -54,22 +58,26 @@ _DOWNLOAD_ERRORS: tuple[tuple[str, Reason], ...] = (
 )
 
 
-def fetch_rows(planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: ImageConfig) -> list[Outcome]:
+def fetch_rows(
+    planned: pa.Table, tar: TarWriter, fetch: FetchConfig, image: ImageConfig, columns: ColumnsConfig | None = None
+) -> list[Outcome]:
     """Fetch the planned rows that have no reason yet; kept images go to the tar. One outcome a row, in their order."""
     outcomes: list[Outcome] = [{"status": "dropped", "attempts": 0} for _ in range(planned.num_rows)]
     urls, reasons, uids = (planned[name].to_pylist() for name in ("url", "reason", "uid"))
-    wanted: list[tuple[int, str]] = []
+    claims = Claims.of(planned, columns, fetch.verify_hash) if columns is not None else Claims()
+    wanted: list[Wanted] = []
     for row, (url, reason) in enumerate(zip(urls, reasons, strict=True)):
         if reason is not None:
             continue
         try:
-            wanted.append((row, clean_url(url)))
-        except UrlError as error:
-            outcomes[row] |= {"reason": error.reason.value, "detail": str(error)}
+            wanted.append((row, clean_url(url), claims.boxes_of(row)))
+        except (UrlError, ImageError) as error:
+            outcomes[row] = _dropped(error.reason, str(error), attempts=0)
         else:  # stays where img2dataset says nothing, which it does after an exception of its own
             outcomes[row] = _dropped(Reason.UNDECODABLE_IMAGE, "img2dataset failed", attempts=1)
     if wanted:
-        _download(wanted, _Keeper(uids=uids, outcomes=outcomes, tar=tar, fetch=fetch, image=image))
+        keeper = _Keeper(uids=uids, outcomes=outcomes, tar=tar, fetch=fetch, image=image, claims=claims)
+        _download(wanted, keeper, has_boxes=bool(claims.boxes))
     return outcomes
 
 
@@ -85,6 +93,7 @@ class _Keeper:
     tar: TarWriter
     fetch: FetchConfig
     image: ImageConfig
+    claims: Claims
     resizer: Callable[[Any, Any], tuple[Any, ...]] | None = None
     body: bytes = b""
 
@@ -99,24 +108,36 @@ class _Keeper:
         row, message = told["row"], told["error_message"]
         if told["status"] == "failed_to_download":
             self.outcomes[row] = download_failure(message, self.fetch.retries)
-        elif data is None:
-            self.outcomes[row] = unusable(self.body, message, self.image)
+            return
+        try:
+            self.claims.check_hash(row, self.body)
+        except ImageError as refusal:
+            outcome = _dropped(refusal.reason, refusal.detail, attempts=1)
         else:
-            names = ("sha256", "original_width", "original_height", "width", "height")
-            self.outcomes[row] = {name: told[name] for name in names} | {
-                "status": "ok",
-                "attempts": 1,
-                "size_bytes": len(self.body),
-                "source_format": _format(self.body),
-                "exif": told.get("exif"),
-                "image_format": self.image.format,
-                "image_offset": self.tar.add(f"{self.uids[row]}.{self.image.format}", data),
-                "image_size": len(data),
-                **_measures(data),
-            }
+            outcome = _unusable(self.body, message, self.image) if data is None else self._keep(row, data, told)
+        self.outcomes[row] = outcome | self._of_body()
 
     def close(self) -> None:
         """Our caller closes the tar."""
+
+    def _keep(self, row: int, data: bytes, told: dict[str, Any]) -> Outcome:
+        names = ("original_width", "original_height", "width", "height")
+        return {name: told[name] for name in names} | {
+            "status": "ok",
+            "attempts": 1,
+            "source_format": _format(self.body),
+            "exif": told.get("exif"),
+            "image_format": self.image.format,
+            "image_offset": self.tar.add(f"{self.uids[row]}.{self.image.format}", data),
+            "image_size": len(data),
+            **_measures(data),
+        }
+
+    def _of_body(self) -> Outcome:
+        if not self.body:
+            return {}
+        names = dict.fromkeys(("sha256", self.fetch.compute_hash))
+        return {"size_bytes": len(self.body)} | {name: hashlib.new(name, self.body).hexdigest() for name in names}
 
 
 def _format(body: bytes) -> str | None:
@@ -127,16 +148,16 @@ def _format(body: bytes) -> str | None:
         return None
 
 
-def unusable(body: bytes, message: str, image: ImageConfig) -> Outcome:
+def _unusable(body: bytes, message: str, image: ImageConfig) -> Outcome:
     """Why img2dataset could not use a body: the reason of our own decoder, where that fails too."""
     if not body:
-        return _dropped(Reason.EMPTY_BODY, message, 1)
+        return _dropped(Reason.EMPTY_BODY, message, attempts=1)
     reason = Reason.TOO_MANY_PIXELS if message == "image area too large" else Reason.UNDECODABLE_IMAGE
     try:
         process(body, image)
     except ImageError as refusal:
         reason = refusal.reason
-    return _dropped(reason, message, 1) | {"size_bytes": len(body), "sha256": sha256(body).hexdigest()}
+    return _dropped(reason, message, attempts=1)
 
 
 def download_failure(message: str, retries: int) -> Outcome:
@@ -149,24 +170,34 @@ def download_failure(message: str, retries: int) -> Outcome:
 
 
 def _dropped(reason: str, detail: str, attempts: int) -> Outcome:
-    return {"status": "dropped", "reason": str(reason), "detail": " ".join(detail.split())[:200], "attempts": attempts}
+    return {
+        "status": "dropped",
+        "reason": str(reason),
+        "detail": " ".join(str(detail).split())[:200],
+        "attempts": attempts,
+    }
 
 
-def _download(wanted: Sequence[tuple[int, str]], keeper: _Keeper) -> None:
-    """Run img2dataset's downloader on one shard made of these (row, url)."""
-    downloader_class, resizer_class = _img2dataset()
-    keeper.resizer = resizer_class(**resizer_options(keeper.image))
+def _download(wanted: Sequence[Wanted], keeper: _Keeper, *, has_boxes: bool) -> None:
+    """Run img2dataset's downloader on one shard made of these rows."""
+    downloader_class, resizer_class, blurrer_class = _img2dataset()
+    keeper.resizer = resizer_class(**resizer_options(keeper.image), blurrer=blurrer_class() if has_boxes else None)
+    rows, urls, boxes = zip(*wanted, strict=True)
+    columns: dict[str, pa.Array] = {"url": pa.array(urls), "row": pa.array(rows)}
+    if has_boxes:
+        columns["boxes"] = pa.array(boxes, pa.list_(pa.list_(pa.float64())))
     with tempfile.TemporaryDirectory(prefix="pairmill-") as folder:  # for its shard's list and its statistics
         shard = Path(folder) / "00000.feather"
-        table = pa.table({"url": [url for _, url in wanted], "row": pa.array([row for row, _ in wanted], pa.int32())})
+        table = pa.table(columns)
         with pa.ipc.new_file(str(shard), table.schema) as file:
             file.write_table(table)
         downloader = downloader_class(
             sample_writer_class=lambda *_: keeper,
             resizer=keeper.resize,
             output_folder=folder,
-            column_list=["url", "row"],
+            column_list=list(columns),
             number_sample_per_shard=max(2, len(wanted)),  # it takes the logarithm
+            blurring_bbox_col="boxes" if has_boxes else None,
             **downloader_options(keeper.fetch, keeper.image),
         )
         downloader.download_shard((0, str(shard)))
@@ -180,7 +211,7 @@ def downloader_options(fetch: FetchConfig, image: ImageConfig) -> dict[str, Any]
         "extract_exif": image.exif,
         "timeout": fetch.timeout_s,
         "oom_shard_count": 5,
-        "compute_hash": "sha256",
+        "compute_hash": None,  # the body passes by, we hash it
         "verify_hash_type": None,
         "encode_format": image.format,
         "retries": fetch.retries,
@@ -195,32 +226,27 @@ def resizer_options(image: ImageConfig) -> dict[str, Any]:
         "image_size": image.size,
         "resize_mode": image.resize,
         "resize_only_if_bigger": image.only_if_bigger,
-        "upscale_interpolation": "cubic",
-        "downscale_interpolation": "area",
-        "encode_quality": PNG_COMPRESSION if image.format == "png" else image.quality,
+        "upscale_interpolation": image.upscale_interpolation,
+        "downscale_interpolation": image.downscale_interpolation,
+        "encode_quality": image.png_compression if image.format == "png" else image.quality,
         "encode_format": image.format,
+        "skip_reencode": image.encode == "keep",
         "max_image_area": image.max_pixels,
     }
 
 
 def _measures(data: bytes) -> Outcome:
     """The columns that our engine measures before it encodes."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    blue, green, red = (float(mean) for mean in cv2.mean(pixels)[:3])
-    grey_std = float(cv2.meanStdDev(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY))[1][0, 0])
-    return {
-        "grey_std": round(grey_std, 4),
-        "mean_red": round(red, 4),
-        "mean_green": round(green, 4),
-        "mean_blue": round(blue, 4),
-    }
+    pixels: Any = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    return asdict(measure(pixels))
 
 
 @cache
-def _img2dataset() -> tuple[Any, Any]:
-    """Its Downloader and Resizer. Imported late: it brings albumentations, wandb and, through webdataset, torch."""
+def _img2dataset() -> tuple[Any, Any, Any]:
+    """Its Downloader, Resizer and blurrer. Imported late: they bring albumentations, wandb and, by webdataset, torch."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else albumentations asks the network for a newer version
+    from img2dataset.blurrer import BoundingBoxBlurrer
     from img2dataset.downloader import Downloader
     from img2dataset.resizer import Resizer
 
-    return Downloader, Resizer
+    return Downloader, Resizer, BoundingBoxBlurrer
