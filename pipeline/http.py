@@ -199,7 +199,10 @@ class Downloader:
                 self._ask(job, host, now)
 
     def _ask(self, job: Job, host: HostQueue, now: float) -> None:
-        verdict = self._admission.ask(job.url, job.host, now)
+        # A needed file is asked for by its own name on every hop: two sites that redirect theirs to each other would wait
+        # for one another for ever.
+        url = job.start_url if job.is_needed else job.url
+        verdict = self._admission.ask(url, job.host, now)
         if isinstance(verdict, Need):
             self._fetch_needed(verdict.url, host)
             self._queue(job, host)
