@@ -82,11 +82,16 @@ class _SumOverPairs(torch.autograd.Function):
         return (*(x * gradients[0] if need else None for x, need in zip(found, needed, strict=False)), None, None)
 
 
-def softmax_term(own_A: Tensor) -> Term:
-    """Return f_i = log sum_j exp z_ij - z_i,own(i): cross-entropy. own_A: the column that belongs to each row."""
+def softmax_term(own_A: Tensor, hidden_A: Tensor | None = None) -> Term:
+    """Return f_i = log sum_j exp z_ij - z_i,own(i): cross-entropy.
+
+    own_A: the column that belongs to each row. hidden_A: a column that is no candidate for it.
+    """
 
     def term(logits_TG: Tensor, rows: slice) -> Tensor:
         own_T1 = own_A[rows, None]
+        if hidden_A is not None:
+            logits_TG.scatter_(1, hidden_A[rows, None], -torch.inf)
         largest_T1 = logits_TG.amax(1, keepdim=True)
         shifted_TG = logits_TG.sub_(largest_T1)
         own_logit_T1 = shifted_TG.gather(1, own_T1)

@@ -5,11 +5,10 @@ Legend: B pictures of this rank, G pictures of all ranks, D width.
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from training.losses.chunked import softmax_term, sum_over_pairs
 from training.losses.distributed import Gathered, LossSum
 from training.losses.info_nce import own_rows
-from training.losses.similarity import product
 
 
 def simclr(a_BD: Tensor, b_BD: Tensor, all_a: Gathered, all_b: Gathered, *, temperature: float) -> LossSum:
@@ -25,7 +24,7 @@ def simclr(a_BD: Tensor, b_BD: Tensor, all_a: Gathered, all_b: Gathered, *, temp
 
 
 def _view(view_BD: Tensor, *, own: Gathered, other: Gathered, own_B: Tensor, temperature: float) -> Tensor:
-    across_BG = product(view_BD, other.features) / temperature
-    within_BG = product(view_BD, own.features) / temperature
-    within_BG = within_BG.scatter(1, own_B[:, None], -torch.inf)  # a view is no candidate for itself
-    return functional.cross_entropy(torch.cat([across_BG, within_BG], dim=1), own_B, reduction="sum")
+    views = torch.cat([other.features, own.features])
+    scale = view_BD.new_full((), 1 / temperature)
+    itself_B = len(other.features) + own_B  # no candidate for itself
+    return sum_over_pairs(view_BD, views, scale, softmax_term(own_B, itself_B))
