@@ -92,12 +92,16 @@ class Line:
 
 
 class HostileWeb:
-    """The server. `seen` counts requests by (host, path). num_asked: how often this path was asked for before."""
+    """The server. `seen` counts requests by (host, path), `heads` are their headers.
+
+    num_asked: how often this path of this host was asked for before.
+    """
 
     def __init__(self) -> None:
         self.port = 0
         self.seen: Counter[tuple[str, str]] = Counter()
         self.connections: Counter[str] = Counter()
+        self.heads: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -174,6 +178,7 @@ class HostileWeb:
         try:
             while request := await reader.readuntil(b"\r\n\r\n"):
                 path = unquote(request.split()[1].decode("latin-1")).lstrip("/")
+                self.heads.append(request.decode("latin-1"))
                 case, _, argument = path.partition("/")
                 answer = getattr(self, f"answer_{case}", None)
                 num_asked, self.seen[host, path] = self.seen[host, path], self.seen[host, path] + 1

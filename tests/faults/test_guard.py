@@ -1,0 +1,200 @@
+"""What a downloader must not do, whoever asks it to: connections, headers and redirects as a server sees them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pycurl
+import pytest
+from hostile import HostileWeb, Line, whole
+
+import pipeline.transfer
+from pipeline.admission import Admission, Ended, Headers, Need, Refusal, Unrestricted
+from pipeline.config import FetchConfig
+from pipeline.http import Downloader
+from pipeline.reasons import Reason
+from pipeline.transfer import Response
+
+HOSTS = [f"127.0.4.{number}" for number in range(1, 12)]
+QUICK: dict[str, Any] = {"timeout_s": 5, "connect_timeout_s": 5, "retries": 1, "backoff_s": 0.01}
+
+
+class Echo(HostileWeb):
+    """Sets cookies, and has rules."""
+
+    async def answer_cookie(self, line: Line, argument: str, num_asked: int) -> bool:
+        location = f"Location: /image/{argument}" if num_asked else f"Location: /cookie/{argument}"
+        await line.send(whole(b"", "Set-Cookie: id=1; Path=/", location, status="302 Found"))
+        return True
+
+    async def answer_robots(self, line: Line, argument: str, num_asked: int) -> bool:
+        await line.send(whole(b"Disallow: /private"))
+        return True
+
+
+@pytest.fixture
+def web() -> Iterator[Echo]:
+    with Echo() as web:
+        web.port = web.listen(HOSTS)
+        yield web
+
+
+def download(urls: list[str], admission: Admission | None = None, **settings: Any) -> list[Response]:
+    ended: list[Response] = []
+    with Downloader(FetchConfig(**{**QUICK, **settings}), admission) as downloader:
+        for index, url in enumerate(urls):
+            downloader.submit(index, url)
+        for _ in range(2_000):
+            ended += downloader.poll(0.1, 2**26)
+            if not downloader.num_open:
+                break
+    return sorted(ended, key=lambda response: response.index)
+
+
+def reasons(ended: list[Response]) -> list[str | None]:
+    return [response.reason for response in ended]
+
+
+def test_named_networks_are_allowed_and_nothing_else(web: Echo) -> None:
+    urls = [web.url("image/a", host) for host in HOSTS[:2]]
+    assert reasons(download(urls, allow_addresses=["127.0.4.1/32"])) == [None, "forbidden_address"]
+    assert web.connections == {"127.0.4.1": 1}
+
+
+@pytest.mark.parametrize("addresses", ["127.0.4.2", "127.0.4.2,127.0.4.3"])
+def test_a_name_that_changes_to_a_private_address_is_refused_at_the_connection(
+    web: Echo, monkeypatch: pytest.MonkeyPatch, addresses: str
+) -> None:
+    """127.0.4.1 stands for a public address, 127.0.4.2 for a private one that the name's owner turns to later."""
+    name, answer = "rebind.example", ["127.0.4.1"]
+    plain: Callable[[FetchConfig], pycurl.Curl] = pipeline.transfer.configured
+
+    def resolving(config: FetchConfig) -> pycurl.Curl:
+        curl = plain(config)
+        curl.setopt(pycurl.RESOLVE, [f"-{name}:{web.port}", f"{name}:{web.port}:{answer[0]}"])
+        return curl
+
+    monkeypatch.setattr(pipeline.transfer, "configured", resolving)
+    assert reasons(download([web.url("image/a", name)], allow_addresses=["127.0.4.1"])) == [None]
+    answer[0] = addresses
+    again = download([web.url("image/a", name)], allow_addresses=["127.0.4.1"])
+    assert [(response.reason, response.attempts) for response in again] == [("forbidden_address", 1)]
+    assert set(web.connections) == {"127.0.4.1"}
+
+
+def test_a_redirect_from_an_allowed_address_to_another_is_refused(web: Echo) -> None:
+    target = web.url("image/a", "127.0.4.2")
+    ended = download([web.url(f"to/{target.encode().hex()}", "127.0.4.1")], allow_addresses=["127.0.4.1"])
+    assert reasons(ended) == ["forbidden_address"]
+    assert (ended[0].http_status, ended[0].num_redirects) == (302, 1)
+    assert set(web.connections) == {"127.0.4.1"}
+
+
+def test_proxies_and_credentials_of_the_environment_are_not_used(
+    web: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.4.9:9")
+    (tmp_path / ".netrc").write_text("default login me password secret\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert reasons(download([web.url("image/a", "127.0.4.1")], allow_addresses=["127.0.0.0/8"])) == [None]
+    assert not any("authorization" in request.lower() for request in web.heads)
+
+
+def test_cookies_and_passwords_are_never_sent(web: Echo) -> None:
+    url = web.url("cookie/a", "127.0.4.1").replace("//", "//user:secret@")
+    ended = download([url, url], allow_addresses=["127.0.0.0/8"])
+    assert reasons(ended) == [None, None]
+    sent = "\n".join(web.heads).lower()
+    assert "cookie:" not in sent
+    assert "authorization" not in sent
+    assert "secret" not in sent
+    assert "user-agent: pairmill" in sent
+
+
+def test_every_hop_has_the_limits_of_its_host(web: Echo) -> None:
+    """Twenty redirects from ten hosts to one: it is asked by no more than two at once."""
+    target = "127.0.4.11"
+    urls = [
+        web.url(f"to/{web.url(f'image/{number}', target).encode().hex()}", host)
+        for number, host in enumerate(HOSTS[:10] * 2)
+    ]
+    ended = download(urls, allow_addresses=["127.0.0.0/8"], connections_per_host=2)
+    assert reasons(ended) == [None] * 20
+    assert {response.num_redirects for response in ended} == {1}
+    assert web.connections[target] <= 2
+
+
+def test_a_long_retry_after_parks_the_rest_of_the_host_at_once(web: Echo) -> None:
+    urls = [web.url(f"busy/seconds/3600/{number}", "127.0.4.1") for number in range(50)]
+    ended = download([*urls, web.url("image/a", "127.0.4.2")], allow_addresses=["127.0.0.0/8"], connections_per_host=4)
+    assert ended[-1].reason is None
+    assert set(reasons(ended[:-1])) == {"http_429", "host_unavailable"}
+    assert web.requests("127.0.4.1") <= 8
+    assert all(response.attempts <= 1 for response in ended)
+
+
+def test_a_host_that_refuses_connections_is_left_alone() -> None:
+    ended = download([f"http://127.0.4.77:9/{number}" for number in range(40)], allow_private_addresses=True, retries=2)
+    assert set(reasons(ended)) == {"connection_failed", "host_unavailable"}
+    assert sum(response.attempts for response in ended) < 20
+
+
+class Strict(Unrestricted):
+    """Wants a file of each host first, lets one request of a host go every 30 ms, and refuses what the file says."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int | None, bytes]] = {}
+        self.asked: list[str] = []
+        self.busy: dict[str, int] = {}
+        self.next_start: dict[str, float] = {}
+        self.is_closed = False
+
+    def ask(self, url: str, host: str, now: float) -> float | Refusal | Need:
+        needed = "/".join(url.split("/")[:3]) + "/robots/txt"
+        if url != needed:
+            if needed not in self.files:
+                return Need(url=needed)
+            if "/private" in url and b"Disallow: /private" in self.files[needed][1]:
+                return Refusal(reason=Reason.OPTED_OUT, rule="robots.txt", detail="/private")
+            if (wait_s := self.next_start.get(host, 0.0) - now) > 0:
+                return wait_s
+            self.next_start[host] = now + 0.03
+        self.asked.append(url)
+        self.busy[host] = self.busy.get(host, 0) + 1
+        return 0.0
+
+    def done(self, host: str, ended: Ended, now: float) -> None:
+        self.busy[host] -= 1
+
+    def learn(self, url: str, http_status: int | None, body: bytes) -> None:
+        assert url not in self.files
+        self.files[url] = http_status, body
+
+    def judge(self, url: str, headers: Headers) -> Refusal | None:
+        if "noai" in headers.get("x-robots-tag", ()):
+            return Refusal(reason=Reason.OPTED_OUT, rule="x-robots-tag", detail="noai")
+        return None
+
+
+def test_the_admission_is_asked_and_obeyed(web: Echo) -> None:
+    admission = Strict()
+    hosts = ["127.0.4.1", "127.0.4.2"]
+    paths = ["image/1", "image/2", "private/3", "opted_out", f"to/{b'/private/x'.hex()}"]
+    ended = download(
+        [web.url(path, host) for path in paths for host in hosts], admission, allow_addresses=["127.0.0.0/8"]
+    )
+    assert reasons(ended) == [None] * 4 + ["opted_out"] * 6
+    assert [response.rule for response in ended[4:]] == ["robots.txt"] * 2 + ["x-robots-tag"] * 2 + ["robots.txt"] * 2
+    assert sorted(admission.files) == [web.url("robots/txt", host) for host in hosts]
+    assert {status for status, _ in admission.files.values()} == {200}
+    assert set(admission.busy.values()) == {0}
+    assert not any("private" in path for _, path in web.seen)
+    assert sum(web.seen.values()) == len(admission.asked)
+
+
+def test_a_needed_file_of_a_dead_host_is_told_as_missing() -> None:
+    admission = Strict()
+    ended = download(["http://127.0.4.78:9/a", "http://127.0.4.78:9/b"], admission, allow_private_addresses=True)
+    assert set(reasons(ended)) <= {"connection_failed", "host_unavailable"}
+    assert admission.files == {"http://127.0.4.78:9/robots/txt": (None, b"")}
