@@ -15,7 +15,7 @@ from zlib import crc32
 from pipeline.config import FetchConfig
 from pipeline.hosts import Ask, Grant, Ledger
 
-LEASE_MARGIN_S = 5.0
+LEASE_MARGIN_S = 2.0
 CORES_PER_SHARD = 256
 """One actor answers some thousand calls a second, a task asks it ten times a second at most."""
 NOTE_LIFE_S = 24 * 3_600.0

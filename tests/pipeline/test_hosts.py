@@ -212,7 +212,7 @@ def test_a_request_begins_only_under_a_lease_that_outlives_it() -> None:
     gate.ask("u", "h", 10.002)
     ledgers.answer()
     assert gate.ask("v", "h", 10.01) == 0.0
-    gate.ask("u", "h", 36.0)  # 26 s of 45 have passed: less than a timeout is left
+    gate.ask("u", "h", 36.0)  # 26 s of 42 have passed: less than a timeout is left
     assert gate.ask("u", "h", 36.01) != 0.0
     assert ledgers.num_sent == 2
     ledgers.answer()
