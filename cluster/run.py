@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from cluster.config import Config, flatten
-from cluster.errors import PairmillError, RequestError
+from cluster.errors import RequestError, RunError
 from cluster.journal import Journal
 from cluster.store import Store
 
@@ -37,8 +37,10 @@ def open_run(output: str, kind: str, config: Config) -> Run:
     store = _open_store(output)
     try:
         return _register(store, kind, config)
-    except PairmillError:
+    except RequestError:
         raise
+    except RunError as error:
+        raise RequestError(f"output={error}") from error
     except Exception as error:  # the first time that we touch this place: each file system has errors of its own
         said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise RequestError(
@@ -70,6 +72,8 @@ def read_run(store: Store) -> dict[str, Any] | None:
         loaded = json.loads(store.read_bytes(RUN_FILE))
     except FileNotFoundError:
         return None
+    except RunError as error:
+        raise RequestError(str(error)) from error
     except OSError as error:
         raise RequestError(
             f"{store.url}: cannot be read as the folder of a run ({error.strerror or error}); choose another folder"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from cluster.errors import EXIT_DONE, RequestError
+from cluster.errors import EXIT_DONE, RequestError, RunError
 from cluster.executor import Executor, RayExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
@@ -55,7 +55,7 @@ def build_command(config: BuildConfig) -> int:
 def _is_finished(output: str) -> bool:
     try:
         return Store(output).exists(MANIFEST_FILE)
-    except (ValueError, ImportError):  # no such place: open_run says so
+    except (ValueError, ImportError, RunError):  # no such place: open_run says so
         return False
 
 
