@@ -54,7 +54,7 @@ def decode(body: bytes, source_format: str, max_pixels: int, needed: Needed | No
     """Decode a body that `sniff` has named. Raises ImageError; on damaged files also what the decoders raise.
 
     With `needed`, a JPEG may come smaller than it is, never smaller than needed: a half, a quarter or an eighth,
-    averaged in the domain of its cosine transform, with the colours of neighbouring pixels not interpolated.
+    averaged in the domain of its cosine transform, or whole with colours that are not interpolated between pixels.
     """
     if source_format == "jpeg":
         return _decode_jpeg(body, max_pixels, needed)
@@ -73,13 +73,12 @@ def _decode_jpeg(body: bytes, max_pixels: int, needed: Needed | None) -> Decoded
         if colorspace in ("CMYK", "YCCK"):
             return decode_with_pillow(body, "jpeg", max_pixels)
         orientation = jpeg_orientation(body)
-        if needed is None:
-            pixels = simplejpeg.decode_jpeg(body, colorspace="BGR")
-        else:
-            rows, columns = _reduced(height, width, orientation, needed)
-            pixels = simplejpeg.decode_jpeg(
-                body, colorspace="BGR", fastupsample=True, min_height=rows, min_width=columns
-            )
+        least = _needed_of_stored(height, width, orientation, needed)
+        rows, columns = _reduced(height, width, least)
+        is_shrunk = least != (height, width)
+        pixels = simplejpeg.decode_jpeg(
+            body, colorspace="BGR", fastupsample=is_shrunk, min_height=rows, min_width=columns
+        )
     except ValueError as error:
         if re.search("premature|no jpeg data|end of", str(error), re.IGNORECASE) or b"\xff\xd9" not in body:
             raise ImageError(Reason.TRUNCATED_IMAGE, str(error)) from None
@@ -92,15 +91,22 @@ def _decode_jpeg(body: bytes, max_pixels: int, needed: Needed | None) -> Decoded
     return Decoded(pixels=pixels, width=width, height=height, orientation=orientation)
 
 
-def _reduced(height: int, width: int, orientation: int, needed: Needed) -> tuple[int, int]:
-    """Rows and columns of the smallest of EIGHTHS, or the whole, that has what is needed."""
+def _needed_of_stored(height: int, width: int, orientation: int, needed: Needed | None) -> tuple[int, int]:
+    """Rows and columns of the stored image that are needed, at most those that there are."""
+    if needed is None:
+        return height, width
     if swaps_sides(orientation):
-        least_height, least_width = needed(height, width)
+        rows, columns = needed(height, width)
     else:
-        least_width, least_height = needed(width, height)
+        columns, rows = needed(width, height)
+    return min(rows, height), min(columns, width)
+
+
+def _reduced(height: int, width: int, least: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the smallest of EIGHTHS, or the whole, that has at least so many."""
     for eighths in EIGHTHS:
         rows, columns = -(-height * eighths // 8), -(-width * eighths // 8)
-        if rows >= least_height and columns >= least_width:
+        if rows >= least[0] and columns >= least[1]:
             return rows, columns
     return height, width
 

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from io import FileIO
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -33,6 +34,13 @@ PIPE_BYTES = 2**20
 START_TIMEOUT_S = 120
 WAIT_FACTOR = 6
 """How many times its processor time an image may take by the clock: a loaded machine is no reason to refuse it."""
+
+_SETTINGS = {
+    "OPENBLAS_NUM_THREADS": "1",
+    # Give images' memory back to the heap, not to the system: 50 page faults an image less.
+    "MALLOC_MMAP_THRESHOLD_": str(2**26),
+    "MALLOC_TRIM_THRESHOLD_": str(2**26),
+}
 
 _idle: list["Decoders"] = []
 _idle_lock = threading.Lock()
@@ -97,6 +105,10 @@ class Decoders:
             self._slots.put(slot)
         raise ImageError(Reason.DECODER_CRASHED, "the decoding processes ended twice")
 
+    def processor_seconds(self) -> float:
+        """What the decoding processes that live now have used."""
+        return self._running().processor_seconds()
+
     def close(self) -> None:
         with self._lock:
             if self._host is not None:
@@ -142,7 +154,7 @@ class _Host:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             pass_fds=theirs,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # Ctrl-C is for the one who waits for us
         )
         for end in theirs:
@@ -165,6 +177,12 @@ class _Host:
             return json.loads(told), data
         except (EOFError, BrokenPipeError, ValueError):
             raise _HostLostError from None
+
+    def processor_seconds(self) -> float:
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        # Fields 14 and 15 of stat; the second, the name, is the only one that may hold spaces.
+        stats = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split() for child in children]
+        return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """End the host; its children end with it. The pipes stay open for threads that wait at their ends."""

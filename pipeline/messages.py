@@ -1,5 +1,6 @@
 """Messages of two parts, a few words (JSON) and an image's bytes, through a pipe."""
 
+import os
 import struct
 from io import FileIO
 
@@ -9,9 +10,12 @@ READ_BYTES = 2**20
 
 def send(pipe: FileIO, words: bytes, data: bytes) -> None:
     """Write a message. Raises BrokenPipeError when nobody is there to read it."""
-    view = memoryview(b"".join((HEADER.pack(len(words), len(data)), words, data)))
-    while view:
-        view = view[pipe.write(view) or 0 :]
+    parts = [HEADER.pack(len(words), len(data)), words, data]
+    num_written = os.writev(pipe.fileno(), parts)
+    if num_written < sum(map(len, parts)):  # more than the pipe holds
+        rest = memoryview(b"".join(parts))[num_written:]
+        while rest:
+            rest = rest[pipe.write(rest) or 0 :]
 
 
 def receive(pipe: FileIO) -> tuple[bytes, bytes]:

@@ -1,0 +1,150 @@
+"""What decoding, resizing and encoding cost alone, and what the fast mode loses: `python tests/benchmarks/codec.py`.
+
+Rates are images per second of processor time on one thread, the codecs in turns. Losses are mean PSNR in dB of the
+resized pixels, before they are encoded.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # img2dataset's import would ask the network
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from pipeline.config import ImageConfig
+from pipeline.images import decode_resized, encode, process
+from pipeline.isolate import lease_decoders
+from pipeline.picture import Pixels
+
+Codec = Callable[[bytes], Any]
+
+
+def codec_rate(photos: Sequence[Path], mode: str, seconds: float) -> float:
+    """Images per second of processor time: decode, resize and encode, nothing measured of them."""
+    return _rates(photos, {mode: _ours(mode)}, seconds)[mode]
+
+
+def psnr_db(photos: Sequence[Path], mode: str) -> float:
+    """Mean PSNR of a mode's pixels against those of mode exact."""
+    return _mean_psnr(photos, mode, lambda body: _resized(body, "exact"))
+
+
+def lanczos_psnr_db(photos: Sequence[Path], mode: str) -> float:
+    """Mean PSNR of a mode's pixels against Pillow's Lanczos filter on the whole image."""
+
+    def lanczos(body: bytes) -> Pixels:
+        height, width = _resized(body, "exact").shape[:2]
+        with Image.open(BytesIO(body)) as image:
+            return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))[:, :, ::-1]
+
+    return _mean_psnr(photos, mode, lanczos)
+
+
+def _mean_psnr(photos: Sequence[Path], mode: str, reference: Callable[[bytes], Pixels]) -> float:
+    bodies = [path.read_bytes() for path in photos]
+    return float(np.mean([cv2.PSNR(_resized(body, mode), np.ascontiguousarray(reference(body))) for body in bodies]))
+
+
+def _resized(body: bytes, mode: str) -> Pixels:
+    return decode_resized(body, "jpeg", ImageConfig.model_validate({"mode": mode}))[1]
+
+
+def _ours(mode: str) -> Codec:
+    config = ImageConfig.model_validate({"mode": mode})
+    return lambda body: encode(decode_resized(body, "jpeg", config)[1], config)
+
+
+def _img2dataset() -> Codec:
+    from img2dataset.resizer import Resizer
+
+    resizer = Resizer(256, "keep_ratio", True)
+    return lambda body: resizer(BytesIO(body))
+
+
+def _opencv(body: bytes) -> Any:
+    pixels = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
+    scale = 256 / min(pixels.shape[:2])
+    size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
+    shrunk = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", shrunk, [cv2.IMWRITE_JPEG_QUALITY, 95])
+
+
+def _rates(photos: Sequence[Path], codecs: dict[str, Codec], seconds: float) -> dict[str, float]:
+    """The best round of each, rounds in turns until each codec had its seconds, at least three."""
+    cv2.setNumThreads(1)
+    bodies = [path.read_bytes() for path in photos]
+    spent = dict.fromkeys(codecs, 0.0)
+    best = dict.fromkeys(codecs, 0.0)
+    rounds = 0
+    while rounds < 3 or min(spent.values()) < seconds:
+        for name, codec in codecs.items():
+            begun = time.process_time()
+            for body in bodies:
+                codec(body)
+            took = time.process_time() - begun
+            spent[name] += took
+            best[name] = max(best[name], len(bodies) / took)
+        rounds += 1
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--photos", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of processor time for each codec")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    from photos import make_photos
+
+    with tempfile.TemporaryDirectory(prefix="pairmill-") as folder:
+        photos = make_photos(Path(folder), arguments.photos, arguments.seed)
+        codecs = {
+            "img2dataset": _img2dataset(),
+            "opencv": _opencv,
+            "exact": _ours("exact"),
+            "fast": _ours("fast"),
+        } | {f"{mode}.measured": _whole(mode) for mode in ("exact", "fast")}
+        rates = _rates(photos, codecs, arguments.seconds)
+        for name, rate in rates.items():
+            print(f"codec.{name}.rate: {rate:.0f} images/s/core")
+        for mode in ("exact", "fast"):
+            print(f"codec.{mode}.ratio_vs_img2dataset: {rates[mode] / rates['img2dataset']:.2f} x")
+            print(f"codec.{mode}.lanczos_psnr_db: {lanczos_psnr_db(photos, mode):.1f} dB")
+            print(f"codec.{mode}.isolation_cost: {_isolation_cost(photos, mode) * 100:.1f} %")
+        print(f"codec.fast.psnr_db: {psnr_db(photos, 'fast'):.1f} dB")
+
+
+def _whole(mode: str) -> Codec:
+    config = ImageConfig.model_validate({"mode": mode})
+    return lambda body: process(body, config)
+
+
+def _isolation_cost(photos: Sequence[Path], mode: str) -> float:
+    """How much more processor time an image takes in a decoding process than in this one, both sides counted."""
+    config = ImageConfig.model_validate({"mode": mode})
+    bodies = [path.read_bytes() for path in photos]
+    with lease_decoders(1, config) as decoders:
+        decoders.process(bodies[0])
+        costs = []
+        for _ in range(3):
+            here, there = time.process_time(), decoders.processor_seconds()
+            for body in bodies:
+                decoders.process(body)
+            isolated = time.process_time() - here + decoders.processor_seconds() - there
+            here = time.process_time()
+            for body in bodies:
+                process(body, config)
+            costs.append(isolated / (time.process_time() - here) - 1)
+    return float(np.median(costs))
+
+
+if __name__ == "__main__":
+    main()
