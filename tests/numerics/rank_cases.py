@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from training.accumulation import accumulate
 from training.data.tokenizer import Tokenizer
 from training.losses.distributed import Gathered, LossSum, gather, normalise, rank, world_size
 from training.methods import METHODS, Batch, Method, ModelConfig, build_method
@@ -89,6 +90,25 @@ def clip_local() -> dict[str, Tensor]:
     return step_of(build("clip", scope="local"))
 
 
+def clip_before_it_turns_global() -> dict[str, Tensor]:
+    return step_of(build("clip", local_steps=batch().step + 1))
+
+
+def clip_after_it_turned_global() -> dict[str, Tensor]:
+    return step_of(build("clip", local_steps=batch().step))
+
+
+def siglip() -> dict[str, Tensor]:
+    return step_of(build("siglip"))
+
+
+def siglip_in_three_parts() -> dict[str, Tensor]:
+    """Parts and ranks at once, without an engine."""
+    method = build("siglip")
+    output = accumulate(method, batch(), 3, method, lambda loss, last: loss.backward())
+    return {**output.losses, **output.metrics, **averaged_gradients(method)}
+
+
 def rils() -> dict[str, Tensor]:
     return step_of(build("rils", reconstruction_weight={"value": 0.5}, use_set_c=False))
 
@@ -140,6 +160,10 @@ CASES: dict[str, Callable[[], dict[str, Tensor]]] = {
     for case in (
         clip_global,
         clip_local,
+        clip_before_it_turns_global,
+        clip_after_it_turned_global,
+        siglip,
+        siglip_in_three_parts,
         rils,
         rils_with_set_c_empty_on_the_last_rank,
         rils_with_set_c_empty_everywhere,

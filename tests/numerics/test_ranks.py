@@ -59,7 +59,15 @@ def assert_same_step(whole: dict[str, Tensor], parts: list[dict[str, Tensor]]) -
 
 
 @pytest.mark.parametrize(
-    "name", ["clip_global", "rils", "rils_with_set_c_empty_on_the_last_rank", "rils_with_set_c_empty_everywhere"]
+    "name",
+    [
+        "clip_global",
+        "siglip",
+        "siglip_in_three_parts",
+        "rils",
+        "rils_with_set_c_empty_on_the_last_rank",
+        "rils_with_set_c_empty_everywhere",
+    ],
 )
 def test_two_ranks_take_the_step_of_one_process(name: str, cases: ModuleType, two_ranks: list[Results]) -> None:
     whole = cases.CASES[name]()
@@ -77,6 +85,19 @@ def test_the_local_loss_of_two_ranks_is_another_objective(cases: ModuleType, two
     whole, half = cases.CASES["clip_local"](), two_ranks[0]["clip_local"]
     # Random features: about log(6) among six candidates, about log(3) among three.
     assert whole["contrastive"] - half["contrastive"] > 0.4
+
+
+def test_the_contrast_turns_global_at_its_step(two_ranks: list[Results]) -> None:
+    for results in two_ranks:
+        for name, other in (
+            ("clip_before_it_turns_global", "clip_local"),
+            ("clip_after_it_turned_global", "clip_global"),
+        ):
+            assert all(torch.equal(value, results[other][key]) for key, value in results[name].items())
+
+
+def test_parts_change_nothing_on_two_ranks(cases: ModuleType, two_ranks: list[Results]) -> None:
+    assert_same_step(cases.CASES["siglip"](), [results["siglip_in_three_parts"] for results in two_ranks])
 
 
 def test_gathered_rows_get_the_gradient_that_all_ranks_ask(two_ranks: list[Results]) -> None:
