@@ -17,11 +17,13 @@ logger = logging.getLogger(__name__)
 
 OWNERS = {
     "build": ("pipeline", "URL lists -> downloaded, filtered, deduplicated shards"),
+    "repair": ("pipeline", "try again what failed for a reason that may pass, and add it to the dataset"),
     "verify": ("pipeline", "check every file of a dataset against its manifest"),
     "explain": ("pipeline", "the whole story of one pair, by uid or URL"),
     "report": ("", "HTML page of a dataset, a training run, or several together"),
     "train": ("training", "train a model on a dataset"),
     "eval": ("training", "zero-shot classification and retrieval of a trained model"),
+    "export": ("training", "a trained model's weights for timm, open_clip, transformers or MAE's scripts"),
     "submit": ("", "send build, train or eval to a cluster as a Ray job and follow it"),
     "status": ("", "how far a run is"),
     "doctor": ("", "check this machine: packages, versions, Ray, disk"),

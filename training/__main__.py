@@ -1,4 +1,4 @@
-"""`python -m training train|eval|report ...`: what `pairmill train`, `pairmill eval` and `pairmill report RUN` run."""
+"""`python -m training train|eval|export|report ...`: what `pairmill train` and its neighbours run."""
 
 import logging
 import sys
@@ -11,10 +11,12 @@ from cluster.errors import EXIT_DONE, RequestError
 from cluster.interrupt import catch_interrupts
 
 USAGE = """usage: pairmill {train,eval} [CONFIG.yaml ...] [key=value ...]
+       pairmill export RUN format=timm|open_clip|huggingface|mae|pairmill output=FOLDER
        pairmill report RUN
 
   train    train a model on a dataset that pairmill build made
   eval     zero-shot classification and retrieval of a trained model
+  export   a trained model's weights as another library reads them
   report   HTML page of a train run
 
 `pairmill COMMAND --help` lists every key of a command."""
@@ -48,11 +50,13 @@ def _run(command: str, words: Sequence[str]) -> int:
 def train_command(words: Sequence[str]) -> int:
     """`pairmill train`."""
     from training.config import TrainConfig
+    from training.recipe import find_recipe, recipe_names
 
     if _wants_help(words):
-        print(f"usage: pairmill train [CONFIG.yaml ...] [key=value ...]\n\n{help_text(TrainConfig)}")
+        print(f"usage: pairmill train [RECIPE|CONFIG.yaml ...] [key=value ...]\n\n{help_text(TrainConfig)}")
+        print(f"\nrecipes: {', '.join(recipe_names())}")
         return EXIT_DONE
-    config = parse(TrainConfig, words)
+    config = parse(TrainConfig, [find_recipe(word) for word in words])
     started = time.monotonic()
     from training.command import run_train
 
@@ -81,6 +85,23 @@ def eval_command(words: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def export_command(words: Sequence[str]) -> int:
+    """`pairmill export`."""
+    from training.weights.export import ExportConfig, run_export
+
+    if _wants_help(words):
+        print(f"usage: pairmill export RUN [key=value ...]\n\n{help_text(ExportConfig)}")
+        return EXIT_DONE
+    if words and "=" not in words[0] and not words[0].endswith((".yaml", ".yml")):
+        words = [f"checkpoint={words[0]}", *words[1:]]
+    config = parse(ExportConfig, words)
+    done = run_export(config)
+    print(f"export {config.format}: step {done.step}, {done.num_tensors} tensors, {done.num_parameters:,} parameters")
+    print(f"weights: {done.store.url}")
+    print(f"next: {done.hint}")
+    return EXIT_DONE
+
+
 def report_command(words: Sequence[str]) -> int:
     """`pairmill report` of a train run."""
     if _wants_help(words):
@@ -97,6 +118,7 @@ def report_command(words: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "eval": eval_command,
+    "export": export_command,
     "report": report_command,
 }
 

@@ -18,9 +18,11 @@ from training.config import TrainConfig, TrainPlan, check_parts, plan_training
 from training.data.sources import Samples
 from training.data.tokenizer import Tokenizer
 from training.display import TrainDisplay
+from training.initial import INITIAL_FILE, read_initial, write_initial
 from training.lease import hold
 from training.metrics import PROGRESS_FILE, STOP_FILE, read_lines
 from training.trainer import Outcome, RankRequest
+from training.weights.convert import Weights
 
 RESULT_FILE, DATASET_FILE = "result.json", "dataset.json"
 
@@ -54,9 +56,14 @@ def run_train(config: TrainConfig) -> TrainResult:
 def _finished(plan: TrainPlan, samples: Samples) -> Store | None:
     """The folder of the run if it is complete. Raises RequestError when it belongs to another request."""
     try:
-        require_run(plan.config.output)
+        _, record = require_run(plan.config.output, "train")
     except RequestError:  # there is none yet, or `open_run` will say what is wrong
         return None
+    if (began_with := record.get("config", {}).get("method")) != plan.config.method:
+        raise RequestError(
+            f"method={plan.config.method}: {plan.config.output} is a run of method {began_with}, which cannot go on as "
+            f"another; choose another output, and init.checkpoint={plan.config.output} to start from its weights"
+        )
     store = open_run(plan.config.output, "train", plan.config).store
     _refuse_other_samples(store, samples)
     return store if store.exists(RESULT_FILE) else None
@@ -119,18 +126,30 @@ def prepared(plan: TrainPlan, samples: Samples, num_ranks: int) -> Iterator[Rank
 
     Raises RequestError when the folder holds another run, or another command works in it.
     """
+    tokenizer, initial = _begin(plan, samples)
     store = open_run(plan.config.output, "train", plan.config).store
     with hold(store):
         _refuse_other_samples(store, samples)
         _refuse_other_ranks(store, num_ranks)
         for leftover in (STOP_FILE, launch.FAILURE_FILE, PROGRESS_FILE, "work"):
             store.remove(leftover)
+        if initial and not store.exists(INITIAL_FILE):
+            write_initial(store, initial)
         if not store.exists(TOKENIZER_FILE):
-            store.create(TOKENIZER_FILE, make_tokenizer(plan, samples).to_json().encode())
-        tokenizer = store.read_bytes(TOKENIZER_FILE).decode()
+            store.create(TOKENIZER_FILE, (tokenizer or make_tokenizer(plan, samples)).to_json().encode())
         if not store.exists(DATASET_FILE):
             store.create(DATASET_FILE, json.dumps({"url": samples.url, "sha256": samples.fingerprint}).encode())
-        yield RankRequest(plan=plan, output=store.url, tokenizer=tokenizer)
+        told = store.read_bytes(TOKENIZER_FILE).decode()
+        yield RankRequest(plan=plan, output=store.url, tokenizer=told)
+
+
+def _begin(plan: TrainPlan, samples: Samples) -> tuple[Tokenizer | None, Weights]:
+    """For a new run: its tokenizer, and what it starts from. Raises before anything is written."""
+    store = Store(plan.config.output)
+    if store.exists(TOKENIZER_FILE):
+        return None, {}
+    tokenizer = make_tokenizer(plan, samples)
+    return tokenizer, read_initial(plan, tokenizer)
 
 
 def _refuse_other_samples(store: Store, samples: Samples) -> None:

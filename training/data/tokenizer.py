@@ -62,6 +62,15 @@ class Tokenizer:
         """The id that ends every caption; it occurs nowhere else in a row."""
         return self._end_id if self.kept_ids is None else _COMPACT_END
 
+    @property
+    def first_known_id(self) -> int:
+        """The least id that stands for a single one of CLIP's: those below are padding and "unknown"."""
+        return 0 if self.kept_ids is None else _COMPACT_START
+
+    def ids_of_all(self) -> Tensor:
+        """Return int64 [49,408]: what each of CLIP's ids becomes here."""
+        return torch.arange(FULL_VOCABULARY_SIZE) if self._lookup is None else torch.from_numpy(self._lookup)
+
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Return int64 [B, L], L = context_length."""
         if not captions:

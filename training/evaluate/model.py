@@ -71,15 +71,21 @@ def load_model(checkpoint: str) -> TrainedModel:
 
     Raises RequestError when there is none, RunError when the one that was asked for is damaged.
     """
+    store, info = find_checkpoint(checkpoint)
+    try:
+        return _read(store, info)
+    except FileNotFoundError:  # the run goes on, and keeps its newest only
+        raise RunError(f"{store.url_of(info.folder)}: removed while it was read; run the same command again") from None
+
+
+def find_checkpoint(checkpoint: str) -> tuple[Store, CheckpointInfo]:
+    """Return a run's folder and the checkpoint that `load_model` would load. Raises what that raises."""
     run_url, folder, tag = checkpoint.rstrip("/").rpartition(f"/{FOLDER}/step-")
     store, _ = require_run(run_url if folder else checkpoint, "train")
     info = _chosen(store, int(tag)) if folder and tag.isdigit() else newest_valid(store)
     if info is None:
         raise RequestError(f"checkpoint={checkpoint}: no valid checkpoint here; run the same `pairmill train` again")
-    try:
-        return _read(store, info)
-    except FileNotFoundError:  # the run goes on, and keeps its newest only
-        raise RunError(f"{store.url_of(info.folder)}: removed while it was read; run the same command again") from None
+    return store, info
 
 
 def _read(store: Store, info: CheckpointInfo) -> TrainedModel:

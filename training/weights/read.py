@@ -1,0 +1,147 @@
+"""Reading weights that another library, or this one, has written: what they are, and whether they fit."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.errors import RequestError
+from training.models.config import ModelConfig
+from training.weights.convert import Weights, from_theirs, names_of
+from training.weights.names import Dialect
+
+WEIGHT_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+WRAPPERS = ("model", "state_dict", "module")
+LEFT_OUT = ("head.", "decoder_", "mask_token", "logit_bias")
+"""What begins so belongs to no encoder: classifiers, MAE's decoder, SigLIP's bias."""
+SHOWN = 6
+
+
+def read_file(path: str) -> Weights:
+    """Return the tensors of a .safetensors, .pt, .pth or .bin file, or of the one in a folder, by their names there.
+
+    Files of torch are read without running code from them. Raises RequestError when there is nothing to read.
+    """
+    file = _file(path)
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RequestError(f"init.weights={path}: no such file") from None
+    except Exception as error:  # torch, pickle, zip and safetensors each have their own
+        said = " ".join(str(error).split())[:200]
+        raise RequestError(f"init.weights={path}: not readable as plain weights: {said}") from error
+    return _unwrapped(loaded, path)
+
+
+def _file(path: str) -> Path:
+    file = Path(path)
+    if file.is_dir():
+        for name in WEIGHT_FILES:
+            if (file / name).is_file():
+                return file / name
+        raise RequestError(f"init.weights={path}: none of {', '.join(WEIGHT_FILES)} in this folder")
+    if not file.is_file():
+        raise RequestError(f"init.weights={path}: no such file")
+    return file
+
+
+def _unwrapped(loaded: Any, path: str) -> Weights:
+    if isinstance(loaded, dict):
+        loaded = next((loaded[name] for name in WRAPPERS if _is_state(loaded.get(name))), loaded)
+    if not _is_state(loaded):
+        raise RequestError(f"init.weights={path}: holds no dictionary of tensors")
+    return {name.removeprefix("module."): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values())
+
+
+def dialect_of(names: Collection[str]) -> Dialect:
+    """Return whose names these are. Raises RequestError when they are nobody's."""
+    if "visual.conv1.weight" in names or "token_embedding.weight" in names:
+        return "open_clip"
+    if any(name.startswith(("vision_model.", "text_model.")) for name in names):
+        return "huggingface"
+    if "patch_embed.proj.weight" in names:
+        return "timm"  # and MAE's
+    if any(name.startswith(("image.", "text.")) for name in names):
+        return "pairmill"
+    shown = ", ".join(sorted(names)[:SHOWN])
+    raise RequestError(
+        f"init.weights: the names in the file ({shown}, ...) are neither those of a vision transformer in timm, MAE, "
+        "open_clip or transformers, nor those that pairmill export writes"
+    )
+
+
+def read_weights(path: str, model: ModelConfig) -> Weights:
+    """Return a file's weights under our names, by part; RequestError when they are of another kind of network."""
+    if model.vision.kind == "timm":
+        theirs = {name: value.float() for name, value in read_file(path).items()}
+        own = any(name.startswith("image.model.") for name in theirs)
+        return theirs if own else {f"image.model.{name}": value for name, value in theirs.items()}
+    theirs = read_file(path)
+    dialect = dialect_of(theirs)
+    if model.vision.kind != "vit" and dialect != "pairmill":
+        raise RequestError(f"init.weights={path}: weights of a vision transformer; the model is {model.vision.size}")
+    if dialect != "pairmill":
+        known = names_of(dialect, model)
+        extra = [n for n in theirs if n not in known and not n.startswith(LEFT_OUT) and not n.endswith("position_ids")]
+        if extra:
+            raise RequestError(
+                f"init.weights={path} ({dialect} names): has {_list(extra)}, for which this model has no place"
+                f"{_hint(extra)}"
+            )
+    return from_theirs(dialect, theirs, model)
+
+
+def _hint(extra: list[str]) -> str:
+    """Which setting would make a place, where one would."""
+    said = " ".join(extra)
+    for mark, setting in (
+        ("cls_token", "model.vision.class_token=true"),
+        ("ln_pre", "model.vision.pre_norm=true"),
+        ("norm_pre", "model.vision.pre_norm=true"),
+        ("pre_layrnorm", "model.vision.pre_norm=true"),
+        ("blocks.", "model.vision.size or depth"),
+        ("layers.", "model.vision.size or depth"),
+    ):
+        if mark in said:
+            return f"; set {setting}"
+    return ""
+
+
+def check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
+    """Raise RequestError unless `weights` has every tensor of `wanted`, of the same shape, and no others."""
+    problems = []
+    if missing := [name for name in wanted if name not in weights]:
+        problems.append(f"missing: {_list(missing)}")
+    if extra := [name for name in weights if name not in wanted]:
+        problems.append(f"not in this model: {_list(extra)}")
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)}, the model's is {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if shapes:
+        problems.append(f"other shapes: {_list(shapes, '; ')}")
+    if problems:
+        raise RequestError(f"{where}: does not fit the model: {'; '.join(problems)}")
+
+
+def _list(names: list[str], separator: str = ", ") -> str:
+    rest = f"{separator}... ({len(names)} in all)" if len(names) > SHOWN else ""
+    return separator.join(names[:SHOWN]) + rest
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """A hint at what was meant."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(known))}"
