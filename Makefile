@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo test test-all check bench-fetch clean
+.PHONY: help demo test test-all check bench-fetch bench-methods clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -26,6 +26,9 @@ check: .venv/.installed  ## lint, formatting, types, import directions, spelling
 
 bench-fetch: .venv/.installed  ## the fetch stage against img2dataset 1.47.0, in turns; needs ten minutes on two cores
 	$(BIN)/python tests/benchmarks/fetch.py
+
+bench-methods: .venv/.installed  ## time and memory of a step of every method, against CLIP; two minutes on an idle core
+	$(BIN)/python tests/benchmarks/methods.py
 
 clean:  ## remove the virtual environment and the demo's output
 	rm -rf .venv build *.egg-info $(DEMO_OUT)
