@@ -25,6 +25,7 @@ from training.config import TrainConfig
 from training.display import clock
 from training.evaluate.command import EVAL_FILE, EXAMPLES_FILE
 from training.metrics import read_lines, read_progress
+from training.report_exhibits import exhibit_sections
 
 PAGE_FILE = "report/index.html"
 
@@ -58,6 +59,7 @@ def train_sections(store: Store, record: dict[str, Any]) -> list[Section]:
         Section(title="Training", html=cards_html(_cards(store, config, lines))),
         Section(title="Curves", html=f'<div class="figures">{"".join(_curves(lines))}</div>'),
     ]
+    sections += exhibit_sections(store)
     for folder in _evaluations(store):
         sections += eval_sections(store, folder)
     rows = [(Markup("<code>{}</code>").format(name), _plain(value)) for name, value in flatten(config).items()]
@@ -99,9 +101,10 @@ def _cards(store: Store, config: TrainConfig, lines: list[dict[str, Any]]) -> li
 
 
 def _curves(lines: list[dict[str, Any]]) -> Iterator[str]:
-    terms = [name for name in lines[-1] if name.startswith("loss/")]
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    terms = [name for name in names if name.startswith("loss/")]
     yield _figure(lines, ["loss", *terms] if len(terms) > 1 else ["loss"], "Loss", "by step, over all ranks")
-    for name in (name for name in lines[-1] if name.startswith("metric/")):
+    for name in (name for name in names if name.startswith("metric/")):
         yield _figure(lines, [name], name.partition("/")[2].replace("_", " ").capitalize(), "")
     yield _figure(lines, ["lr"], "Learning rate", "")
     yield _figure(lines, ["grad_norm"], "Gradient norm", "before clipping")

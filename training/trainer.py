@@ -20,6 +20,8 @@ from training.data.loader import HostBatch, ImageReader, Loader
 from training.data.sources import open_sources
 from training.data.tokenizer import Tokenizer
 from training.engine import Engine
+from training.exhibits import NUM_EXAMPLES, Exhibits
+from training.initial import initialise
 from training.methods import Batch, Output, build_method
 from training.metrics import Beacon, Line, RunLog
 from training.notes import bad_images_note, passed_over_notes
@@ -78,6 +80,7 @@ def train(
     torch.manual_seed(config.seed)
     tokenizer = Tokenizer.from_json(request.tokenizer)
     method = build_method(config.method, config.method_config, config.model, tokenizer, plan.classes)
+    initialise(method, store, config.init)
     engine = Engine(method, config, num_ranks=rank.num_ranks, device=rank.device)
     checkpoints = Checkpoints(store, rank=rank.index, num_ranks=rank.num_ranks, keep=config.checkpoint.keep)
     start_step = checkpoints.load_newest(engine)
@@ -86,9 +89,14 @@ def train(
         TOKENIZER_FILE: request.tokenizer.encode(),
         CLASSES_FILE: json.dumps(plan.classes).encode(),
     }
+    exhibits = Exhibits(store, method, active=rank.index == 0)
+
+    def examples() -> Batch:
+        return to_device(loader.examples(NUM_EXAMPLES), config.seed, rank.device)
 
     def save() -> None:
         checkpoints.save(engine, samples_seen=engine.steps * config.train.batch_size, files=beside)
+        exhibits.make(engine.steps, engine.show, examples)
 
     with (
         make_loader(plan, rank, start_step) as loader,

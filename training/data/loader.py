@@ -187,9 +187,17 @@ class Loader:
         while not self._ready.empty():
             self._ready.get_nowait()
 
+    def examples(self, num: int) -> HostBatch:
+        """At most `num` samples, evenly spread over the first global batch; the same ones on every rank."""
+        rows, epochs = self.reader.dataset.batch_at(self._seed, 0, self._batch_size)
+        chosen = np.linspace(0, len(rows), min(num, len(rows)), endpoint=False).astype(np.int64)
+        return self._collect(0, rows[chosen], epochs[chosen])
+
     def _batch(self, step: int) -> HostBatch:
         rows, epochs = self.reader.dataset.batch_at(self._seed, step, self._batch_size)
-        rows_B, epochs_B = rows[self._part], epochs[self._part]
+        return self._collect(step, rows[self._part], epochs[self._part])
+
+    def _collect(self, step: int, rows_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> HostBatch:
         side = self.reader.side
         images_BSS3 = torch.empty((len(rows_B), side, side, 3), dtype=torch.uint8, pin_memory=self._pin_memory)
         read = self._read_all(rows_B, images_BSS3.numpy())

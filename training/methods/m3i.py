@@ -89,8 +89,10 @@ class M3i(Method):
     def before_step(self, step: int, num_steps: int) -> None:
         """Move the target encoder, f_phi."""
         if self.target is not None:
+            # At step 0 it is the encoder, wherever that has its weights from.
+            momentum = momentum_at(step, num_steps, start=self.config.momentum) if step else 0.0
             pairs = zip(self.target.parameters(), self.towers.image.parameters(), strict=True)
-            follow(pairs, momentum_at(step, num_steps, start=self.config.momentum))
+            follow(pairs, momentum)
 
     def after_gradients(self) -> None:
         """Collective: take in how long the terms' gradients were."""
@@ -139,10 +141,10 @@ class M3i(Method):
         scales = self.balance.scales()
         return {name: weight * scales[name] for name, weight in weights.items()}
 
-    def views(self, batch: Batch) -> Views:
+    def views(self, batch: Batch, config: M3iConfig | None = None) -> Views:
         """Make the inputs of a batch."""
         drops = self.towers.image.drops_patches
-        return look(batch, self.config, side=self.image_size, grid=self.grid, drops_patches=drops)
+        return look(batch, config or self.config, side=self.image_size, grid=self.grid, drops_patches=drops)
 
     def encode(self, views: Views) -> Tensor:
         """Return z_x = f_theta(input), [B, N, D]; of the kept patches alone where some are left out."""
@@ -279,8 +281,9 @@ class M3i(Method):
         return self._embed_text(captions) if self.config.has_text else super().encode_text(captions)
 
     def show(self, batch: Batch) -> Shown | None:
-        """Return the views and the inputs that are made of them."""
-        return show_views(self.views(batch), batch.captions)
+        """Return the views and the inputs that are made of them; a few pictures are all each other's partners."""
+        config = self.config.model_copy(update={"mix_group": len(batch.captions)})
+        return show_views(self.views(batch, config), batch.captions)
 
 
 def _correlation(everyone: Mapping[str, Gathered]) -> Tensor | None:
