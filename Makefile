@@ -30,6 +30,9 @@ bench-fetch: .venv/.installed  ## the fetch stage against img2dataset 1.47.0, in
 bench-methods: .venv/.installed  ## time and memory of a step of every method, against CLIP; two minutes on an idle core
 	$(BIN)/python tests/benchmarks/methods.py
 
+bench-politeness: .venv/.installed  ## what limits per host over the cluster cost; half a minute
+	$(BIN)/python tests/benchmarks/politeness.py
+
 clean:  ## remove the virtual environment and the demo's output
 	rm -rf .venv build *.egg-info $(DEMO_OUT)
 

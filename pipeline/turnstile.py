@@ -24,8 +24,8 @@ REPLY_S = 0.003
 """How soon an answer of the ledger may be there."""
 FLUSH_S = 0.25
 """Slots that are no longer needed go back with the next call, or alone after so long."""
-REFRESH_S = 1.0
-"""How often hosts with requests under way are mentioned: others may be waiting for a share."""
+REFRESH_S = (1.0, 0.25)
+"""How often hosts with requests under way are mentioned, with one slot and with more: others may wait for a share."""
 IDLE_S = 2.0
 """A slot that was not used for so long goes back."""
 POLL_S = (0.02, 0.5)
@@ -142,8 +142,9 @@ class Turnstile:
         """A request that was let go has ended."""
         door = self._doors[host]
         door.busy -= 1
-        if not door.waiting or door.granted < door.busy:  # who waits asks often, else nothing else may send it soon
-            self._mark(host, now, urgent=not self._num_waiting)
+        is_wanted = door.granted <= door.busy  # by others: we were told to let some requests end
+        if is_wanted or not door.waiting:  # while something waits we are asked often, else this may be the last call
+            self._mark(host, now, urgent=is_wanted or not self._num_waiting)
         self._exchange(now)
 
     def note(self, url: str, now: float) -> Note | None:
@@ -219,7 +220,7 @@ class Turnstile:
     def _exchange(self, now: float) -> None:
         """Take in answers that have come and send what is due."""
         if now >= self._next_tour:
-            self._next_tour = now + REFRESH_S / 2
+            self._next_tour = now + REFRESH_S[1] / 2
             self._tour(now)
         for index, line in enumerate(self._lines):
             self._take(line, now)
@@ -237,7 +238,7 @@ class Turnstile:
         """Mention hosts that are in use, and those that no longer are."""
         for host, door in self._doors.items():
             if door.busy:
-                if now - door.told_at >= REFRESH_S:
+                if now - door.told_at >= REFRESH_S[door.granted > 1]:
                     self._mark(host, now)
             elif now - door.asked_at >= IDLE_S:
                 self._num_waiting -= len(door.waiting)
