@@ -154,7 +154,8 @@ def test_report_shows_curves_scores_and_answers(
     assert f"report: {run}/report/index.html" in capsys.readouterr().out
     sections = json.loads((run / "report/sections.json").read_text())
     titles = [section["title"] for section in sections]
-    assert titles == ["Training", "Curves", "Evaluation held-out", "Zero-shot answers held-out", "Settings"]
+    seen = "What the model sees and makes"
+    assert titles == ["Training", "Curves", seen, "Evaluation held-out", "Zero-shot answers held-out", "Settings"]
     page = (run / "report/index.html").read_text()
     assert "reconstruction" in page
     assert page.count("data:image/jpeg;base64,") > 10
