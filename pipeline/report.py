@@ -17,6 +17,7 @@ from cluster.run import read_run
 from cluster.store import Store
 from pipeline.config import BuildConfig
 from pipeline.downloads import Tally, Totals, size_text, status_name, tally_downloads
+from pipeline.generations import all_markers
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.reasons import Reason
 from pipeline.report_data import (
@@ -169,7 +170,7 @@ def _group(store: Store, sampled: Sampled, step: Step, rows: list[dict[str, Any]
 
 
 def _downloads(store: Store, sampled: Sampled) -> str:
-    totals = Totals.of(list(Journal(store).markers("fetch").values()), read_timings(store))
+    totals = Totals.of(all_markers(Journal(store), "fetch"), read_timings(store))
     retried = totals.num_retries / max(1, totals.num_requests)
     cards = [
         Card(label="images", value=f"{totals.num_images:,}", note="downloaded and decoded"),
@@ -208,7 +209,7 @@ def _rate(per_s: float) -> str:
 
 def _speed(store: Store) -> str:
     journal, timings, rows = Journal(store), read_timings(store), []
-    for stage in STAGES:
+    for stage in dict.fromkeys([*STAGES, *(timing.stage for timing in timings)]):  # repairs have stages of their own
         markers = journal.markers(stage).values()
         if not markers:
             continue

@@ -16,6 +16,7 @@ from cluster.errors import RequestError
 from cluster.journal import Journal, Marker
 from cluster.report import image_url
 from cluster.store import Store
+from pipeline.generations import all_markers, record_markers
 from pipeline.manifest import Manifest
 from pipeline.reasons import Reason, sentence
 from pipeline.record import REPEATED_PAIR
@@ -121,18 +122,21 @@ def meaning(reason: str) -> str:
 def sample_rows(store: Store, max_rows: int = MAX_ROWS) -> Sampled:
     """The records of the first fetch units, at least one, up to about `max_rows` rows."""
     journal = Journal(store)
-    recorded, fetched = journal.markers("record"), journal.markers("fetch")
+    recorded, fetched = record_markers(journal), all_markers(journal, "fetch")
     if not recorded:
         raise RequestError(f"{store.url}: a report is made from journal/ and record/, and journal/record/ is not there")
     tables: list[pa.Table] = []
-    pictures: dict[str, tuple[str, int, int]] = {}
-    for unit, marker in recorded.items():
+    for marker in recorded.values():
         if tables and sum(table.num_rows for table in tables) >= max_rows:
             break
         tables.append(read_table(store, marker.path_of("record.parquet"), _COLUMNS))
-        if unit in fetched:
-            pictures |= dict(_pictures(store, fetched[unit]))
-    return Sampled(rows=pa.concat_tables(tables), pictures=pictures, is_all=len(tables) == len(recorded))
+    rows, units = pa.concat_tables(tables), list(recorded)[: len(tables)]
+    pictures: dict[str, tuple[str, int, int]] = {}
+    for marker in fetched:
+        is_repair = marker.stage != "fetch"
+        if marker.unit in units or (is_repair and len(pictures) < rows.num_rows):
+            pictures |= dict(_pictures(store, marker))
+    return Sampled(rows=rows, pictures=pictures, is_all=len(tables) == len(recorded))
 
 
 def thumbnail(store: Store, sampled: Sampled, uid: str) -> str:
@@ -172,7 +176,7 @@ def _phases(journal: Journal) -> dict[str, str]:
     """Which phase each reason belongs to: the first stage whose markers count it."""
     phases: dict[str, str] = {str(Reason.DUPLICATE_BYTES): PHASES["dedup"], REPEATED_PAIR: PHASES["dedup"]}
     for stage in ("decide", "fetch", "plan-order"):
-        for marker in journal.markers(stage).values():
+        for marker in all_markers(journal, stage):
             for name in marker.counts:
                 if name.startswith("reason:"):
                     phases[name.removeprefix("reason:")] = PHASES[stage]

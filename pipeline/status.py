@@ -14,6 +14,7 @@ from cluster.journal import Journal, Marker
 from cluster.progress import REASON_PREFIX
 from cluster.store import Store
 from pipeline.downloads import COLUMNS, Tally, Totals, size_text, status_name, tally_downloads
+from pipeline.generations import all_markers
 from pipeline.reasons import sentence
 from pipeline.selection import read_table
 from pipeline.timings import read_timings
@@ -31,7 +32,7 @@ class StatusConfig(Config):
 def status_command(config: StatusConfig) -> int:
     """Print how the downloads went; nothing while there are none."""
     store = Store(config.dataset)
-    markers = list(Journal(store).markers("fetch").values())
+    markers = all_markers(Journal(store), "fetch")
     if markers:
         print_downloads(store, markers, Console())
     return EXIT_DONE
