@@ -66,10 +66,16 @@ class LoopConfig(Config):
     num_steps: int | None = key(None, "steps instead of num_epochs", unit="steps", ge=1)
     precision: Literal["bf16", "fp32"] = key("bf16", "arithmetic; weights and optimizer are fp32 with both")
     accumulation: int = key(
-        1, "parts of a rank's share of the batch, one in memory at a time; the gradient is that of the whole", ge=1
+        1,
+        "parts of a rank's share of the batch, one in memory at a time; the gradient is that of the whole",
+        affects_result=False,
+        unit="parts",
+        ge=1,
     )
     activation_checkpointing: bool = key(
-        False, "compute the blocks' activations again in the backward pass instead of keeping them"
+        False,
+        "compute the blocks' activations again in the backward pass instead of keeping them",
+        affects_result=False,
     )
     zero_stage: Literal[0, 1, 2, 3] = key(2, "DeepSpeed ZeRO stage: what is split over the ranks")
     num_ranks: int | None = key(
@@ -110,6 +116,7 @@ class OptimConfig(Config):
     warmup_steps: int | None = key(
         None, f"steps of linear warm-up; null: a tenth of the run, at most {MAX_DEFAULT_WARMUP_STEPS:,}", ge=0
     )
+    warmup_epochs: float | None = key(None, "warm-up in epochs, instead of warmup_steps", unit="epochs", ge=0)
     weight_decay: float = key(0.2, "decoupled weight decay", ge=0)
     beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.98, "decay of the second moment", ge=0, lt=1)
@@ -168,6 +175,8 @@ class TrainConfig(Config):
         ranks, size = self.train.num_ranks, self.train.batch_size
         if ranks and size % ranks:
             raise ValueError(f"train.batch_size={size} is no multiple of train.num_ranks={ranks}")
+        if self.optim.warmup_steps is not None and self.optim.warmup_epochs is not None:
+            raise ValueError("optim.warmup_steps and optim.warmup_epochs are both given; take one")
         if self.optim.min_lr > self.optim.lr:
             raise ValueError(f"optim.min_lr={self.optim.min_lr} is above optim.lr={self.optim.lr}")
         return self
@@ -240,6 +249,8 @@ def plan_training(config: TrainConfig) -> tuple[TrainPlan, Dataset | Mixture]:
         raise RequestError(f"data.caption_column: method={config.method} needs captions; name the column they are in")
     num_steps = config.train.num_steps or max(1, math.floor(config.train.num_epochs * num_samples / batch_size))
     warmup_steps = config.optim.warmup_steps
+    if warmup_steps is None and config.optim.warmup_epochs is not None:
+        warmup_steps = round(config.optim.warmup_epochs * num_samples / batch_size)
     if warmup_steps is None:
         warmup_steps = min(MAX_DEFAULT_WARMUP_STEPS, num_steps // 10)
     check_parts(config, config.train.num_ranks or 1, classes)

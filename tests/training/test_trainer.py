@@ -91,6 +91,18 @@ def test_stopped_run_checkpoints_and_goes_on(
     assert losses_of(tmp_path / "run") == losses_of(finished_run)
 
 
+def test_accumulating_run_follows_the_undivided_one_and_resumes_to_the_last_bit(
+    train_tiny: Trainer, finished_run: Path, tmp_path: Path
+) -> None:
+    words = ("train.accumulation=4", "train.activation_checkpointing=true", "checkpoint.keep=9")
+    train_tiny(tmp_path / "parts", *words)
+    # bf16 in smaller groups: three significant digits, over nine steps.
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(finished_run), rel=2e-2)
+    run = unfinish(tmp_path / "parts", tmp_path / "resumed", [6])
+    assert train_tiny(run, *words).outcome == "done"
+    assert losses_of(run) == losses_of(tmp_path / "parts")
+
+
 def test_leftovers_of_a_killed_run_are_cleared(train_tiny: Trainer, finished_run: Path, tmp_path: Path) -> None:
     run = unfinish(finished_run, tmp_path / "run", [3])
     (run / "stop").write_bytes(b"")
@@ -192,6 +204,7 @@ def test_learning_rate_out_of_range_ends_the_run_with_a_message(train_tiny: Trai
         (["train.num_ranks=2"], "ray.address=inline runs one rank"),
         (["method=rlis"], "did you mean rils"),
         (["optim.min_lr=1"], "above optim.lr"),
+        (["train.accumulation=5"], "train.accumulation=5: a rank's 16 samples of a step cannot be cut"),
         (["train.batch_size=15", "train.num_ranks=2"], "no multiple of train.num_ranks=2"),
     ],
 )
