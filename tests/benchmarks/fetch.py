@@ -1,10 +1,10 @@
-"""`make bench-fetch`: pairmill's fetch stage against img2dataset 1.47.0, in turns, on the same photos, server and cores.
+"""`make bench-fetch`: pairmill's fetch stage against img2dataset 1.47.0, in turns, on the same photos and two cores.
 
     python tests/benchmarks/fetch.py [--count 4000] [--rounds 3] [--only http.fast] [--work FOLDER]
 
-A round runs every client once, one after the other, each in processes of its own with two workers. Printed are the
-medians over the rounds; ratios are taken inside each round. Both clients and the web server share two cores, so beside
-the rates the CPU time of each client (all its processes, Ray's too, but not the server) is told.
+A round runs every client once, one after the other, each in processes of its own with two workers, and the codec alone.
+Printed are the medians over the rounds; ratios are taken inside each round. Clients and web server share two cores, so
+beside the rates the CPU time of each client (all its processes, Ray's too, but not the server) is told.
 """
 
 import argparse
@@ -16,28 +16,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parent))
-from meter import TreeMeter  # noqa: E402
-from photos import make_photos  # noqa: E402
-from static_web import StaticWeb, serve_folder  # noqa: E402
-
-from pipeline.config import ImageConfig  # noqa: E402
+from codec import codec_rate, psnr_db
+from meter import TreeMeter
+from photos import make_photos
+from static_web import StaticWeb, serve_folder
 
 SEED = 20_261_122
 DISTINCT_PHOTOS = 500
 WARM_UP_ROWS = 16
 NUM_CORES = 2
-CODEC_SECONDS = 6.0
+CODEC_PHOTOS = 100
+CODEC_SECONDS = 2.0
 CLIENT_TIMEOUT_S = 240
 PEER_THREADS = {"http": 32, "https": 32}
 """img2dataset's thread_count, tuned on this benchmark; docs/benchmarks.md has the rates of others."""
@@ -55,6 +53,7 @@ class Client:
         return f"{self.scheme}.{self.mode or 'img2dataset'}"
 
 
+MODES = ("exact", "fast")
 CLIENTS = (
     Client(scheme="http", mode=None),
     Client(scheme="http", mode="exact"),
@@ -73,7 +72,7 @@ class Turn:
     server_share: float
     """Of the two cores' time."""
     peak_rss_mib: float
-    """The largest worker."""
+    """The largest worker: a process that downloads, and those that decode for it."""
 
 
 def main() -> None:
@@ -83,6 +82,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help=f"clients: {', '.join(client.name for client in CLIENTS)}")
     parser.add_argument("--set", action="append", default=[], help="further settings of pairmill, such as fetch.x=1")
     parser.add_argument("--threads", type=int, help="img2dataset's thread_count, if not the tuned one")
+    parser.add_argument("--codec-seconds", type=float, default=CODEC_SECONDS, help="CPU time for each mode in a round")
     parser.add_argument("--work", type=Path, help="where photos are kept for the next time; else a temporary folder")
     arguments = parser.parse_args()
     clients = [client for client in CLIENTS if not arguments.only or client.name in arguments.only]
@@ -91,13 +91,16 @@ def main() -> None:
         photos = photo_folder(work.resolve() / "photos", min(DISTINCT_PHOTOS, arguments.count))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-fetch-", dir="/tmp")))
         web = stack.enter_context(serve_folder(photos[0].parent, scratch / "web"))
-        print(
-            f"# {arguments.count} photos of {mean_bytes(photos) / 1e3:.0f} KB, {len(photos)} of them distinct; server: {web.name}"
-        )
+        kind = f"{mean_bytes(photos) / 1e3:.0f} KB, {len(photos)} of them distinct"
+        print(f"# {arguments.count} photos of {kind}; server: {web.name}", flush=True)
         bench = Bench(web=web, photos=photos, scratch=scratch, arguments=arguments)
-        rounds = [{client.name: bench.turn(client) for client in clients} for _ in range(arguments.rounds)]
+        rounds, codecs = [], []
+        for _ in range(arguments.rounds):
+            rounds.append({client.name: bench.turn(client) for client in clients})
+            codecs.append({mode: codec_rate(photos[:CODEC_PHOTOS], mode, arguments.codec_seconds) for mode in MODES})
         report(rounds)
-        report_codec(rounds, photos)
+        report_codec(rounds, codecs)
+        print(f"fetch.fast.psnr_db: {psnr_db(photos[:CODEC_PHOTOS], 'fast'):.2f} dB, resized pixels against mode exact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,8 @@ class Bench:
         }
         with open(folder / "log.txt", "wb") as log:
             process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-            with TreeMeter(pid=process.pid) as meter, TreeMeter(pid=self.web.pid) as server:
+            worker = "ray::" if client.mode else "multiprocessing.spawn"
+            with TreeMeter(pid=process.pid, worker=worker) as meter, TreeMeter(pid=self.web.pid) as server:
                 status = process.wait(timeout=CLIENT_TIMEOUT_S)
         if status:
             raise SystemExit(f"{client.name} failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
@@ -137,7 +141,7 @@ class Bench:
             images_per_s=count / (end - start),
             images_per_cpu_s=count / meter.cpu_between(start, end),
             server_share=server.cpu_between(start, end) / (end - start) / NUM_CORES,
-            peak_rss_mib=meter.peak_rss_mib("ray::" if client.mode else "multiprocessing"),
+            peak_rss_mib=meter.peak_worker_bytes / 2**20,
         )
         print(
             f"# {client.name}: {turn.images_per_s:.0f} images/s, {turn.images_per_cpu_s:.0f} per client CPU-second, "
@@ -154,7 +158,7 @@ class Bench:
             "image.size=256",
             "image.resize=keep_ratio",
             "image.quality=95",
-            *([f"image.mode={client.mode}"] if "mode" in ImageConfig.model_fields else []),
+            f"image.mode={client.mode}",
             *self.arguments.set,
         ]
         (folder / "temporary").mkdir()
@@ -212,21 +216,16 @@ def report(rounds: Sequence[dict[str, Turn]]) -> None:
     show("fetch.peak_rss_mib", peaks, "MiB, pairmill's largest worker")
 
 
-def report_codec(rounds: Sequence[dict[str, Turn]], photos: Sequence[Path]) -> None:
-    """How much of the time that decoding, resizing and encoding take alone is left beside fetching."""
-    from codec import codec_rate, psnr_db
-
-    for mode in ("exact", "fast"):
+def report_codec(rounds: Sequence[dict[str, Turn]], codecs: Sequence[dict[str, float]]) -> None:
+    """How fast a client is for each second of its processors, as a share of decoding, resizing and encoding alone."""
+    for mode in MODES:
+        show(f"codec.{mode}.images_per_cpu_s", [codec[mode] for codec in codecs], "decode-resize-encode alone")
         name = f"http.{mode}"
-        if name not in rounds[0]:
-            continue
-        alone = codec_rate(photos, mode, CODEC_SECONDS)
-        print(f"codec.{mode}.images_per_cpu_s: {alone:.0f} images per CPU-second, decode-resize-encode alone")
-        efficiency = [turns[name].images_per_cpu_s / alone for turns in rounds]
-        show(f"fetch.{mode}.codec_efficiency", efficiency, "of the codec's rate a core", digits=3)
-        if mode == "fast":
-            show("fetch.codec_efficiency", efficiency, "of the codec's rate a core, fast mode", digits=3)
-            print(f"fetch.fast.psnr_db: {psnr_db(photos[:100], 'fast'):.2f} dB")
+        if name in rounds[0]:
+            shares = [turns[name].images_per_cpu_s / codec[mode] for turns, codec in zip(rounds, codecs, strict=True)]
+            show(f"fetch.{mode}.codec_efficiency", shares, "of the codec's rate a core", digits=3)
+            if mode == "exact":  # the default
+                show("fetch.codec_efficiency", shares, "the same", digits=3)
 
 
 def show(name: str, values: Sequence[float], unit: str, digits: int = 0) -> None:

@@ -1,5 +1,10 @@
-"""What a command and its processes take: CPU seconds between two moments, and the most memory of one of them."""
+"""What a command and its processes take: CPU seconds between two moments, and the most memory of a worker.
 
+A worker is a process whose command line says so, and all below it. Its memory is the sum of their proportional set
+sizes: pages that processes share are counted once.
+"""
+
+import contextlib
 import threading
 import time
 from bisect import bisect_right
@@ -8,6 +13,8 @@ from dataclasses import dataclass, field
 import psutil
 
 INTERVAL_S = 0.1
+MEMORY_EVERY = 5
+"""Samples of CPU time to one of memory, which costs the kernel a walk through every page."""
 
 
 @dataclass(kw_only=True)
@@ -15,10 +22,11 @@ class TreeMeter:
     """Samples a process and all below it, in a thread. Use as a context manager."""
 
     pid: int
+    worker: str = ""
+    """What the command line of a worker holds; "" measures no memory."""
     times: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
-    peak_rss_bytes: dict[int, int] = field(default_factory=dict)
-    titles: dict[int, str] = field(default_factory=dict)
+    peak_worker_bytes: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> "TreeMeter":
@@ -34,11 +42,6 @@ class TreeMeter:
         """CPU seconds of the whole tree between two moments of `time.time()`."""
         return self._cpu_at(end) - self._cpu_at(start)
 
-    def peak_rss_mib(self, title: str) -> float:
-        """The most memory of any process whose command line holds `title`."""
-        peaks = [peak for pid, peak in self.peak_rss_bytes.items() if title in self.titles[pid]]
-        return max(peaks, default=0) / 2**20
-
     def _cpu_at(self, moment: float) -> float:
         index = min(max(1, bisect_right(self.times, moment)), len(self.times) - 1)
         before, after = self.times[index - 1], self.times[index]
@@ -48,19 +51,23 @@ class TreeMeter:
     def _run(self) -> None:
         used: dict[int, float] = {}
         while not self._stop.is_set():
-            for process in _tree(self.pid):
-                try:
-                    with process.oneshot():
-                        times = process.cpu_times()
-                        used[process.pid] = times.user + times.system
-                        rss = process.memory_info().rss
-                        self.titles[process.pid] = " ".join(process.cmdline())
-                    self.peak_rss_bytes[process.pid] = max(rss, self.peak_rss_bytes.get(process.pid, 0))
-                except psutil.Error:  # it has just ended: what it used stays counted
-                    continue
+            processes = _tree(self.pid)
+            for process in processes:
+                with contextlib.suppress(psutil.Error):  # it has just ended: what it used stays counted
+                    times = process.cpu_times()
+                    used[process.pid] = times.user + times.system
             self.times.append(time.time())
             self.cpu_s.append(sum(used.values()))
+            if self.worker and len(self.times) % MEMORY_EVERY == 0:
+                self._measure_workers(processes)
             self._stop.wait(INTERVAL_S)
+
+    def _measure_workers(self, processes: list[psutil.Process]) -> None:
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                if self.worker in " ".join(process.cmdline()):
+                    size = sum(_proportional_bytes(member) for member in _tree(process.pid))
+                    self.peak_worker_bytes = max(self.peak_worker_bytes, size)
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -69,3 +76,10 @@ def _tree(pid: int) -> list[psutil.Process]:
         return [top, *top.children(recursive=True)]
     except psutil.Error:
         return []
+
+
+def _proportional_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0

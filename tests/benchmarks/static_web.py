@@ -25,6 +25,7 @@ HOSTS = tuple(f"127.0.2.{number}" for number in range(1, 17))
 START_TIMEOUT_S = 10.0
 
 NGINX = """
+{user}
 daemon off;
 worker_processes 1;
 pid {folder}/nginx.pid;
@@ -80,7 +81,8 @@ def serve_folder(root: Path, folder: Path) -> Iterator[StaticWeb]:
     if nginx:
         listen = [f"    listen {host}:{http_port} backlog=4096;" for host in HOSTS]
         listen += [f"    listen {host}:{https_port} ssl http2 backlog=4096;" for host in HOSTS]
-        text = NGINX.format(folder=folder, root=root, listen="\n".join(listen))
+        user = "user root;" if os.geteuid() == 0 else ""  # else its worker becomes somebody who may not read `root`
+        text = NGINX.format(user=user, folder=folder, root=root, listen="\n".join(listen))
         (folder / "nginx.conf").write_text(text)
         command = [nginx, "-e", str(folder / "nginx.log"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
     else:

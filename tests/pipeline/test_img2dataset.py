@@ -38,6 +38,7 @@ from lists import make_rows
 from server import start_server
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+pytestmark = pytest.mark.filterwarnings("ignore:.*imghdr.*", "ignore:always_apply.*")
 PAGE = Path(__file__).parents[2] / "docs/img2dataset.md"
 ENGINE = ("fetch.engine=img2dataset", "fetch.allow_private_addresses=true", "fetch.tdm_reservation=ignore")
 NUM_URLS = 1_000
