@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
 
-.PHONY: help demo test test-all check bench-fetch bench-methods clean
+.PHONY: help demo test test-all check bench-fetch bench-methods bench-loss clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -32,6 +32,9 @@ bench-methods: .venv/.installed  ## time and memory of a step of every method, a
 
 bench-politeness: .venv/.installed  ## what limits per host over the cluster cost; half a minute
 	$(BIN)/python tests/benchmarks/politeness.py
+
+bench-loss: .venv/.installed  ## memory and time of the contrastive losses against dense ones; needs 19 GiB free and minutes
+	$(BIN)/python tests/benchmarks/loss.py
 
 clean:  ## remove the virtual environment and the demo's output
 	rm -rf .venv build *.egg-info $(DEMO_OUT)
