@@ -26,7 +26,7 @@ from training.methods.base import Batch, Embedded, Method, Output, Shown, Sums, 
 from training.methods.m3i_balance import Balance
 from training.methods.m3i_forms import M3iConfig
 from training.methods.m3i_views import Reading, Views, look, show_views
-from training.methods.views import read_captions
+from training.methods.views import captions_cut, read_captions, refuse_trained_pooling
 from training.models.blocks import take_tokens
 from training.models.config import ModelConfig
 from training.models.encoders import Encoders
@@ -79,7 +79,8 @@ class M3i(Method):
     @classmethod
     def check(cls, config: Any, model: ModelConfig, *, part_size: int, has_labels: bool) -> None:
         """Raise RequestError for a request that cannot work."""
-        config.refuse_unfit(model, part_size=part_size, has_labels=has_labels)
+        config.refuse_unfit(model.vision.image_size, part_size=part_size, has_labels=has_labels)
+        refuse_trained_pooling(cls.name, model.vision, "model.vision")
 
     @classmethod
     def needs_captions(cls, config: Any) -> bool:
@@ -208,6 +209,7 @@ class M3i(Method):
             losses["category"] = _added([classification(x_BC, r.of(_labels(batch))) for x_BC, r in logits])
         if isinstance(self.towers, Towers):
             metrics["logit_scale"] = mean_of(scale(self.towers.log_scale))
+            metrics["captions_cut"] = captions_cut(self.tokenizer, batch)
             names = [f"image_{reading.name}" for reading in views.readings]
             losses["text"] = _added([self._contrast(name, own, everyone) for name in names])
         return Sums(losses=losses, metrics=metrics)

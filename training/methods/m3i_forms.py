@@ -7,7 +7,6 @@ from cluster.config import key
 from cluster.errors import RequestError
 from training.methods.base import MethodConfig
 from training.methods.m3i_mix import MaskKind
-from training.models.config import ModelConfig
 from training.models.predictor import PredictorConfig
 from training.schedule import Schedule
 
@@ -117,22 +116,18 @@ class M3iConfig(MethodConfig):
     def _on(self, wanted: bool | None) -> bool:
         return self.form not in FORMS if wanted is None else wanted
 
-    def refuse_unfit(self, model: ModelConfig, *, part_size: int, has_labels: bool) -> None:
+    def refuse_unfit(self, image_size: int, *, part_size: int, has_labels: bool) -> None:
         """Raise RequestError for a request that cannot work; see `Method.check`."""
-        vision = model.vision
         if self.category and not has_labels:
             raise RequestError("m3i.category=true: the data has no categories; name their column in data.label_column")
         if self.form == "none" and not (self.has_text or self.has_category(has_labels=has_labels)):
             raise RequestError("m3i.form=none: nothing is left to predict; set m3i.text or m3i.category")
-        side = vision.image_size
-        if self.mix_patch and (side % self.mix_patch or side == self.mix_patch):
+        if self.mix_patch and (image_size % self.mix_patch or image_size == self.mix_patch):
             raise RequestError(
-                f"m3i.mix_patch={self.mix_patch}: does not divide model.vision.image_size={side} into cells"
+                f"m3i.mix_patch={self.mix_patch}: does not divide model.vision.image_size={image_size} into cells"
             )
         if self.mixes and part_size % self.mix_group:
             raise RequestError(
                 f"m3i.mix_group={self.mix_group}: does not divide the {part_size} samples that a rank computes at once "
                 "(train.batch_size / ranks / train.accumulation)"
             )
-        if vision.pooling == "map":
-            raise RequestError("model.vision.pooling=map: m3i has an attention pooling of its own; choose another")

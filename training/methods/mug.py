@@ -17,7 +17,7 @@ from training.losses.masked_text import masked_text
 from training.losses.pixels import patch_error
 from training.methods.base import Batch, Embedded, MethodConfig, Shown, Sums
 from training.methods.mae import Mae, MaeConfig
-from training.methods.views import Captions, crop, read_captions
+from training.methods.views import Captions, captions_cut, crop, read_captions
 from training.models.blocks import take_tokens
 from training.models.caption_decoder import CaptionDecoder, CaptionDecoderConfig
 from training.models.config import ModelConfig
@@ -52,6 +52,7 @@ class Mug(Mae):
 
     name: ClassVar[str] = "mug"
     config_type: ClassVar[type[MethodConfig]] = MugConfig
+    drops_patches: ClassVar[bool] = True
 
     def __init__(self, config: MugConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, model, tokenizer)
@@ -82,6 +83,7 @@ class Mug(Mae):
         losses = {"reconstruction": patch_error(prediction_BMK, take_tokens(self.targets(pixels_BCSS), mask.masked))}
         metrics: dict[str, LossSum] = {}
         if self.caption_decoder is not None:
+            metrics["captions_cut"] = captions_cut(self.tokenizer, batch)
             captions = read_captions(self.tokenizer, batch.captions, pixels_BCSS.device)
             losses["caption"] = self.caption(visible_BVD, captions, batch)
             if (batch.step + 1) % self.mug.monitor_every_steps == 0:
