@@ -340,3 +340,21 @@ def test_masked_captions_are_shown_with_their_hidden_words_left_out() -> None:
     assert len(shown.captions["visible words"][2].split()) == 8
     assert shown.captions["visible words"][2].count("_") == 6
     assert shown.captions["visible words"][1] == ""
+
+
+def test_the_contrast_is_local_until_the_given_step_and_global_from_it_on() -> None:
+    config = METHODS["mae_clip"].config_type.model_validate({"decoder": DECODER, "local_steps": 500})
+    tokenizer = Tokenizer.build(CAPTIONS, context_length=16, vocabulary="compact")
+    built = build_method("mae_clip", config, model(), tokenizer)
+    assert [built.scope(step) for step in (0, 499, 500, 501)] == ["local", "local", "global", "global"]
+
+
+def test_generative_weights_can_step_where_the_contrast_becomes_global() -> None:
+    weight = {"value": 0.1, "initial": 0.0, "start_step": 500}
+    config = METHODS["mae_clip"].config_type.model_validate({"decoder": DECODER, "image_weight": weight})
+    tokenizer = Tokenizer.build(CAPTIONS, context_length=16, vocabulary="compact")
+    built = build_method("mae_clip", config, model(), tokenizer)
+    assert [built.weights(step) for step in (499, 500)] == [
+        {"contrastive": 1.0, "image": 0.0, "text": 0.05},
+        {"contrastive": 1.0, "image": 0.1, "text": 0.05},
+    ]

@@ -59,6 +59,7 @@ class Scores:
 def run_eval(config: EvalConfig) -> Scores:
     """Carry out an evaluation. Raises RequestError before any work; results are under the returned names."""
     model = load_model(config.checkpoint)
+    model.encode_texts([""], 1)  # a method without text features says so here, before any work
     data_url = config.dataset or model.config.data.dataset
     caption_column = config.caption_column or model.config.data.caption_column
     dataset = open_samples(data_url, config.select, caption_column, config.class_column, "select")

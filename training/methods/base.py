@@ -120,6 +120,8 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     config_type: ClassVar[type[MethodConfig]]
+    drops_patches: ClassVar[bool] = False
+    """Whether it shows the image encoder some patches only, which needs a vision transformer."""
 
     @abstractmethod
     def __init__(self, config: MethodConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -215,7 +217,10 @@ class Method(nn.Module, ABC):
 
     def encode_text(self, captions: Sequence[str]) -> Tensor:
         """Return L2-normalised float32 [B, E] of captions; RequestError when the method has no such features."""
-        raise RequestError(f"method={self.name} trains no text encoder: its pictures cannot be compared with captions")
+        raise RequestError(
+            f"method={self.name} trains no text features to compare pictures with; train some for its image encoder "
+            "(method=clip init.checkpoint=RUN init.freeze=image), or export it for a probe (pairmill export)"
+        )
 
 
 def mean_of(x: Tensor) -> LossSum:
