@@ -44,10 +44,10 @@ moment: keep them out of published shards. Everything else is a function of the 
 
 import contextlib
 import hashlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -67,6 +67,7 @@ from pipeline.picture import ImageError, Processed
 from pipeline.plan import PLANNED
 from pipeline.tar import TarWriter
 from pipeline.transfer import Response
+from pipeline.workers import Workers
 
 POLL_S = 1.0
 BACKLOG = 64
@@ -220,39 +221,36 @@ def _fetch(
 ) -> Iterator[tuple[int, Outcome, Processed | None]]:
     """Outcomes as they come. The network and the decoders work side by side and share one limit of memory."""
     limit_bytes = fetch.memory_mib * 2**20 // 4
-    decoding: deque[tuple[int, Future[tuple[Outcome, Processed | None]]]] = deque()
     waiting_bytes = 0
     with (
         contextlib.closing(admission_of(fetch, ledgers)) as admission,
         Downloader(fetch, admission) as downloader,
         lease_decoders(fetch.decode_threads, image) as decoders,
-        ThreadPoolExecutor(fetch.decode_threads, "decode") as pool,
+        Workers(
+            fetch.decode_threads, partial(_outcome, decoders, fetch.compute_hash, claims), downloader.wake
+        ) as workers,
     ):
         for index, url in wanted:
             downloader.submit(index, url)
-        while downloader.num_open or decoding:
-            ended = downloader.poll(POLL_S, limit_bytes - waiting_bytes, may_start=len(decoding) < BACKLOG)
-            for response in ended:
-                future = pool.submit(_outcome, response, decoders, fetch.compute_hash, claims)
-                future.add_done_callback(lambda _: downloader.wake())
-                decoding.append((len(response.body), future))
+        while downloader.num_open or workers.num_open:
+            may_start = workers.num_open < BACKLOG
+            for response in downloader.poll(POLL_S, limit_bytes - waiting_bytes, may_start=may_start):
+                workers.give(response)
                 waiting_bytes += len(response.body)
-            while decoding and decoding[0][1].done():
-                size_bytes, future = decoding.popleft()
+            for size_bytes, outcome, processed in workers.take():
                 waiting_bytes -= size_bytes
-                outcome, processed = future.result()
                 yield outcome.pop("index"), outcome, processed
 
 
 def _outcome(
-    response: Response, decoders: Decoders, compute_hash: HashName, claims: Claims
-) -> tuple[Outcome, Processed | None]:
-    """What a response comes to, decoded and encoded if it can be. Runs in a decoder thread."""
+    decoders: Decoders, compute_hash: HashName, claims: Claims, response: Response
+) -> tuple[int, Outcome, Processed | None]:
+    """The body's size and what the response comes to, decoded and encoded if it can be. Runs in a decoder thread."""
     outcome: Outcome = {field.name: getattr(response, field.name) for field in fields(response)}
     body: bytes = outcome.pop("body")
     outcome["status"] = "dropped"
     if response.reason is not None:
-        return outcome, None
+        return len(body), outcome, None
     outcome["size_bytes"], outcome["sha256"] = len(body), hashlib.sha256(body).hexdigest()
     if compute_hash != "sha256":
         outcome[compute_hash] = hashlib.new(compute_hash, body).hexdigest()
@@ -261,11 +259,11 @@ def _outcome(
         processed = decoders.process(body, claims.boxes_of(response.index))
     except ImageError as refusal:
         outcome["reason"], outcome["detail"] = refusal.reason.value, refusal.detail
-        return outcome, None
+        return len(body), outcome, None
     told = {name: value for name, value in vars(processed).items() if name != "data"}
     image_format = decoders.config.format
     outcome |= told | {"status": "ok", "image_format": image_format, "image_size": len(processed.data)}
-    return outcome, processed
+    return len(body), outcome, processed
 
 
 def _with_outcomes(planned: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:

@@ -15,7 +15,6 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from urllib.parse import urlsplit
 
 import pycurl
 
@@ -26,7 +25,7 @@ from pipeline.event_loop import EventLoop
 from pipeline.host_queue import HostQueue
 from pipeline.reasons import Reason, is_transient
 from pipeline.transfer import Job, Meter, Response, Transfer
-from pipeline.urls import UrlError, clean_url
+from pipeline.urls import UrlError, clean_url, host_of
 
 EVICT_MIN_BYTES = 2**20
 RESOLVER_THREADS = 8
@@ -180,7 +179,7 @@ class Downloader:
             response = job.last or Response(index=job.index, reason=None, detail=None)
             self._finish(job, replace(response, reason=error.reason.value, detail=str(error)))
             return False
-        job.host = urlsplit(job.url).hostname or ""
+        job.host = host_of(job.url)
         job.start = job.start or (job.url, job.host)
         return True
 
@@ -199,8 +198,8 @@ class Downloader:
                 self._ask(job, host, now)
 
     def _ask(self, job: Job, host: HostQueue, now: float) -> None:
-        # A needed file is asked for by its own name on every hop: two sites that redirect theirs to each other would wait
-        # for one another for ever.
+        # A needed file is asked for by its own name on every hop: two sites that redirect theirs to each other would
+        # wait for one another for ever.
         url = job.start_url if job.is_needed else job.url
         verdict = self._admission.ask(url, job.host, now)
         if isinstance(verdict, Need):

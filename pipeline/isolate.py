@@ -160,7 +160,7 @@ class _Host:
         for end in theirs:
             os.close(end)
         assert self._process.stdout is not None
-        is_up, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT_S)
+        is_up = _is_readable(self._process.stdout.fileno(), START_TIMEOUT_S)
         if not is_up or self._process.stdout.readline() != b"ready\n":
             self.close()
             raise RunError(f"the decoding process did not start: {' '.join(command[:4])}")
@@ -170,8 +170,7 @@ class _Host:
         request, reply = self._pipes[slot]
         try:
             send(request, json.dumps(boxes).encode(), body)
-            ready, _, _ = select.select([reply], [], [], self._wait_s)
-            if not ready:
+            if not _is_readable(reply.fileno(), self._wait_s):
                 raise TimeoutError
             told, data = receive(reply)
             return json.loads(told), data
@@ -190,3 +189,10 @@ class _Host:
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+
+
+def _is_readable(descriptor: int, timeout_s: float) -> bool:
+    """Whether there is something to read before the time is over. select() cannot watch descriptors above 1,023."""
+    watch = select.poll()
+    watch.register(descriptor, select.POLLIN)
+    return bool(watch.poll(timeout_s * 1_000))

@@ -22,8 +22,8 @@ MAX_HEADER_BYTES = 2**16
 UNREAD_BYTES = 2**16
 """Of a body that is of no use: reading this much keeps the connection, more is not worth it."""
 _STATUS = re.compile(rb"HTTP/([0-9.]+) +([0-9]{3})")
-MAX_PIECES, MIN_PIECE_BYTES = 4_096, 16
-"""A body that comes in more pieces, of fewer bytes on average, costs more time than it is worth."""
+CRUMB_BYTES, MAX_CRUMBS = 16, 4_096
+"""A body that comes in so many pieces of so few bytes costs more time than it is worth."""
 
 # libcurl's error numbers that mean one thing to us; 92, 95 and 100 have no name in pycurl.
 _REASONS: dict[int, Reason] = {
@@ -122,25 +122,28 @@ class Job:
         self.http_status = self.final_url = None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Meter:
     """Bytes of bodies that all transfers of a downloader hold."""
 
     held_bytes: int = 0
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class _Answer:
     """What has come so far of one answer."""
 
+    room_bytes: int = UNREAD_BYTES
+    """How much more of the body is taken."""
+    is_wanted: bool = False
+    """The body is kept, not only read."""
     header_bytes: int = 0
     lines: list[bytes] = field(default_factory=list)
     version: str | None = None
     status: int | None = None
     headers: Headers = field(default_factory=dict)
     body: bytearray = field(default_factory=bytearray)
-    num_pieces: int = 0
-    unread_bytes: int = 0
+    num_crumbs: int = 0
     stopped: Reason | Refusal | None = None
     """Why we broke it off."""
     is_forbidden: bool = False
@@ -265,25 +268,28 @@ class Transfer:
             return None
         answer.version, answer.status = found[1].decode(), int(found[2])
         answer.headers = parse_headers(answer.lines[1:])
-        if 200 <= answer.status < 300 and self.job is not None and not self.job.is_needed:
-            answer.stopped = self._admission.judge(self.job.url, answer.headers)
+        if 200 <= answer.status < 300 and self.job is not None:
+            answer.is_wanted, answer.room_bytes = True, self.job.max_bytes
+            if not self.job.is_needed:
+                answer.stopped = self._admission.judge(self.job.url, answer.headers)
         return -1 if answer.stopped else None
 
     def _take_body(self, data: bytes) -> int | None:
-        answer = self._answer
-        assert self.job is not None
-        if answer.status is None or not 200 <= answer.status < 300:
-            answer.unread_bytes += len(data)
-            return -1 if answer.unread_bytes > UNREAD_BYTES else None
-        if len(answer.body) + len(data) > self.job.max_bytes:
-            answer.stopped = Reason.TOO_LARGE
+        """A piece of the body; -1 breaks the transfer off. Called for every 16 KB."""
+        answer, size = self._answer, len(data)
+        answer.room_bytes -= size
+        if answer.room_bytes < 0:
+            answer.stopped = Reason.TOO_LARGE if answer.is_wanted else None
             return -1
-        answer.num_pieces += 1
-        if answer.num_pieces > MAX_PIECES and len(answer.body) < answer.num_pieces * MIN_PIECE_BYTES:
-            answer.stopped = Reason.BAD_RESPONSE
-            return -1
+        if not answer.is_wanted:
+            return None
+        if size < CRUMB_BYTES:
+            answer.num_crumbs += 1
+            if answer.num_crumbs > MAX_CRUMBS:
+                answer.stopped = Reason.BAD_RESPONSE
+                return -1
         answer.body += data
-        self._meter.held_bytes += len(data)
+        self._meter.held_bytes += size
         return None
 
     def _open_socket(self, purpose: int, address: Any) -> Any:
@@ -300,16 +306,14 @@ class Transfer:
 
 def parse_headers(lines: Sequence[bytes]) -> Headers:
     """Header lines by name in lower case."""
-    headers: dict[str, list[str]] = {}
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if colon:
-            headers.setdefault(name.strip().lower().decode("latin-1"), []).append(_text(value.strip()))
-    return headers
-
-
-def _text(value: bytes) -> str:
+    together = b"".join(lines)
     try:
-        return value.decode()
+        text = together.decode()
     except UnicodeDecodeError:
-        return value.decode("latin-1")
+        text = together.decode("latin-1")
+    headers: dict[str, list[str]] = {}
+    for line in text.split("\n"):
+        name, colon, value = line.partition(":")
+        if colon:
+            headers.setdefault(name.strip().lower(), []).append(value.strip())
+    return headers

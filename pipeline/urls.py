@@ -11,6 +11,8 @@ from pipeline.reasons import Reason
 
 MAX_URL_CHARS = 8_192
 _PLAIN = r"^https?://[A-Za-z0-9]([A-Za-z0-9.-]{0,200}[A-Za-z0-9])?(:[0-9]{1,4})?(/[!$-;=?-Z_a-z~]*)?$"
+_CLEAN = re.compile(r"https?://([a-z0-9][a-z0-9.-]{0,200})(:[1-9][0-9]{0,3})?/[!$-;=?-Z_a-z~]*")
+"""Most URLs: they are sent as they are, if the host is not a number."""
 _KEPT = "!#$%&'()*+,-./:;=?@[]_~"
 """Characters of a path and query that are sent as they are; `%` because most URLs are quoted already."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -32,6 +34,8 @@ def clean_url(text: str) -> str:
     IPv4 address (2130706433, 0x7f.1, 0177.0.0.1) become the usual one. Raises UrlError for another scheme, a missing
     host, control characters or an endless URL.
     """
+    if len(text) <= MAX_URL_CHARS and (plain := _CLEAN.fullmatch(text)) and not _ENDS_IN_NUMBER.search(plain[1]):
+        return text
     text = text.strip()
     if len(text) > MAX_URL_CHARS:
         raise UrlError(Reason.INVALID_URL, f"longer than {MAX_URL_CHARS} characters")
@@ -50,6 +54,12 @@ def clean_url(text: str) -> str:
     authority = _host(parts.hostname) + (f":{port}" if port is not None else "")
     query = f"?{quote(parts.query, safe=_KEPT)}" if parts.query else ""
     return f"{parts.scheme}://{authority}{quote(parts.path, safe=_KEPT) or '/'}{query}"
+
+
+def host_of(url: str) -> str:
+    """The host of a URL from `clean_url`, without its port; an IPv6 address without its brackets."""
+    authority = url.split("/", 3)[2]
+    return authority[1:].partition("]")[0] if authority.startswith("[") else authority.partition(":")[0]
 
 
 def url_problems(urls: pa.StringArray) -> tuple[list[str | None], list[str | None]]:

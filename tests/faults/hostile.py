@@ -106,6 +106,7 @@ class HostileWeb:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
         self._deaf: list[socket.socket] = []
+        self._servers: list[asyncio.Server] = []
 
     def url(self, case: str, host: str) -> str:
         return f"http://{host}:{self.port}/{case}"
@@ -118,10 +119,11 @@ class HostileWeb:
         """Serve on addresses, all at one free port, which is returned."""
 
         async def start() -> int:
-            first = await asyncio.start_server(self._serve, hosts[0], 0, backlog=256, ssl=tls)
-            port: int = first.sockets[0].getsockname()[1]
-            for host in hosts[1:]:
-                await asyncio.start_server(self._serve, host, port, backlog=64, ssl=tls)
+            port = 0
+            for host in hosts:
+                server = await asyncio.start_server(self._serve, host, port, backlog=64, ssl=tls)
+                port = server.sockets[0].getsockname()[1]
+                self._servers.append(server)
             return port
 
         return asyncio.run_coroutine_threadsafe(start(), self._loop).result(30)
@@ -136,6 +138,7 @@ class HostileWeb:
 
         async def start() -> int:
             server = await asyncio.start_server(babble, host, 0)
+            self._servers.append(server)
             port: int = server.sockets[0].getsockname()[1]
             return port
 
@@ -159,6 +162,8 @@ class HostileWeb:
 
     def __exit__(self, *exc: object) -> None:
         async def stop() -> None:
+            for server in self._servers:
+                server.close()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -166,6 +171,7 @@ class HostileWeb:
 
         asyncio.run_coroutine_threadsafe(stop(), self._loop)
         self._thread.join(10)
+        self._loop.close()
         for each in self._deaf:
             each.close()
 

@@ -19,14 +19,14 @@ from hostile import HostileWeb, head, hostile_web, picture, whole
 
 from pipeline.event_loop import raise_file_limit
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 LIMITS = {
-    "fetch.timeout_s": 1.5,
-    "fetch.connect_timeout_s": 1.0,
+    "fetch.timeout_s": 3.0,
+    "fetch.connect_timeout_s": 2.0,
     "fetch.min_speed_s": 1,
     "fetch.retries": 1,
     "fetch.backoff_s": 0.1,
-    "fetch.max_wait_s": 3,
+    "fetch.max_wait_s": 5,
     "fetch.max_bytes": 2**20,
     "fetch.memory_mib": 256,
 }
@@ -223,7 +223,7 @@ def record(dataset: Path) -> dict[str, dict[str, Any]]:
 def test_the_build_ends_in_time_with_bounded_memory(outcome: Outcome) -> None:
     assert outcome.status == 0, outcome.error[-3_000:]
     assert 50 < outcome.peak_rss_mib < MAX_RSS_MIB
-    assert outcome.wall_s < 40
+    assert outcome.wall_s < PATIENCE_S / 2
 
 
 def test_each_row_has_the_right_reason_and_the_rest_is_kept(outcome: Outcome) -> None:

@@ -1,7 +1,9 @@
 import asyncio
+import contextlib
 import gzip
 import io
 import json
+import os
 import tarfile
 import threading
 import time
@@ -23,6 +25,7 @@ from cluster.journal import Journal
 from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.config import BuildConfig, FetchConfig
+from pipeline.event_loop import raise_file_limit
 from pipeline.fetch import FETCHED, FetchStage
 from pipeline.http import Downloader
 from pipeline.plan import OrderStage, ReadStage
@@ -218,6 +221,15 @@ def test_kept_images_and_their_rows_belong_together(tmp_path: Path, web: Web) ->
     assert (row["size_bytes"], row["sha256"]) == (len(body), sha256(body).hexdigest())
     assert (row["source_format"], row["image_format"], row["original_width"]) == ("jpeg", "jpg", 64)
     assert sum(marker.counts["reason:ok"] for marker in markers.values()) == 40
+
+
+def test_many_open_files_do_no_harm(tmp_path: Path, web: Web) -> None:
+    raise_file_limit()
+    with contextlib.ExitStack() as stack:
+        for _ in range(1_100):  # select() would refuse the next ones
+            stack.enter_context(open(os.devnull))
+        rows, _, _ = fetch(tmp_path, [web.url("jpg/1")])
+    assert [row["reason"] for row in rows.values()] == [None]
 
 
 def test_each_failure_has_its_reason(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
