@@ -22,7 +22,7 @@ from pipeline.fetch import FetchStage
 from pipeline.generations import num_repairs
 from pipeline.ledgers import Ledgers, LocalLedgers, RayLedgers
 from pipeline.manifest import MANIFEST_FILE, Manifest, read_manifest
-from pipeline.pack import PackStage, cut_shards
+from pipeline.pack import PackStage, cut_shards, more_columns
 from pipeline.plan import OrderStage, ReadStage
 from pipeline.publish import make_manifest, publish, refuse_empty
 from pipeline.record import RecordStage, total_counts
@@ -141,7 +141,7 @@ class Build:
             shards=shards,
             duplicates=duplicates,
             samples_per_shard=size,
-            columns=self._config.pack.columns,
+            more_columns=more_columns(self._config),
         )
         record = RecordStage(
             store=self._store,

@@ -30,6 +30,9 @@ SAMPLE_COLUMNS = (
     "original_width",
     "original_height",
     "sha256",  # hex, of the bytes as downloaded
+    "phash",  # uint64: perceptual hashes of the stored image and of its mirror image
+    "phash_mirror",
+    "sharpness",  # float32: variance of the Laplacian at a fixed size
     "image_format",  # "jpg", "png" or "webp": also the member's extension
     "image_offset",  # int64: where the member's data begins in the tar
     "image_size",  # int64, bytes

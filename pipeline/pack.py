@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
-from pipeline.config import ColumnNames
+from pipeline.config import BuildConfig
 from pipeline.manifest import IMG2DATASET_COLUMNS, SAMPLE_COLUMNS
 from pipeline.plain import json_form, plain_values
 from pipeline.selection import DecidedUnit, Duplicates, extra_columns, open_images, read_checked, survivors
@@ -35,6 +35,13 @@ class Part:
     unit: DecidedUnit
     first: int
     end: int
+
+
+def more_columns(config: BuildConfig) -> tuple[str, ...]:
+    """The columns of the record that shards have because they were asked for."""
+    hashed = config.fetch.compute_hash
+    named = IMG2DATASET_COLUMNS if config.pack.columns == "img2dataset" else ()
+    return (*(() if hashed == "sha256" else (hashed,)), *named)
 
 
 def cut_shards(units: Sequence[DecidedUnit], num_kept: Sequence[int], samples_per_shard: int) -> list[list[Part]]:
@@ -64,14 +71,14 @@ def sample_key(number: int, samples_per_shard: int) -> tuple[int, str]:
 class PackStage:
     """`shards`: the parts of every shard, the first being shard number `first_shard`.
 
-    columns: whose names they have, see `PackConfig`.
+    more_columns: what parquet and json hold beside our own and the list's columns, see `more_columns`.
     """
 
     store: Store
     shards: tuple[tuple[Part, ...], ...]
     duplicates: Duplicates
     samples_per_shard: int
-    columns: ColumnNames = "pairmill"
+    more_columns: tuple[str, ...] = ()
     first_shard: int = 0
     name: str = "pack"
     num_cpus: float = 1.0
@@ -106,10 +113,10 @@ class PackStage:
         table = read_checked(self.store, part.unit.rows).take(pa.array(rows, pa.int64()))
         extra = extra_columns(table.schema)
         added: dict[str, list[Any]] = {name: [] for name in ("key", *_OFFSETS)}
-        more = IMG2DATASET_COLUMNS if self.columns == "img2dataset" else ()
-        if more:
+        more = (*self.more_columns, *extra)
+        if "status" in more:
             table = _with_constants(table, _SUCCESS)
-        in_json = (*_JSON, *more, *extra)
+        in_json = (*_JSON, *more)
         told = [dict(zip(in_json, row, strict=True)) for row in _rows(table, in_json)]
         places = _rows(table, ("image_offset", "image_size", "image_format"))
         with open_images(self.store, part.unit.images) as images:
@@ -123,12 +130,10 @@ class PackStage:
                 added["caption_offset"].append(tar.add(f"{key}.txt", caption))
                 added["caption_size"].append(len(caption))
                 tar.add(f"{key}.json", _sample_json(key, row))
-        columns = {name: table.column(name) for name in (*_COPIED, *more, *extra)}
+        columns = {name: table.column(name) for name in (*_COPIED, *more)}
         columns["key"] = pa.array(added["key"], pa.string())
         columns |= {name: pa.array(added[name], pa.int64()) for name in _OFFSETS}
-        return pa.table({name: columns[name] for name in (*SAMPLE_COLUMNS, *more, *extra)}).replace_schema_metadata(
-            None
-        )
+        return pa.table({name: columns[name] for name in (*SAMPLE_COLUMNS, *more)}).replace_schema_metadata(None)
 
 
 def _with_constants(table: pa.Table, constants: Mapping[str, str | None]) -> pa.Table:

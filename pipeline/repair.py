@@ -27,7 +27,7 @@ from pipeline.dedup import num_partitions
 from pipeline.fetch import FetchStage
 from pipeline.generations import record_markers, stage_name
 from pipeline.manifest import MANIFEST_FILE, Manifest, read_manifest
-from pipeline.pack import PackStage, cut_shards
+from pipeline.pack import PackStage, cut_shards, more_columns
 from pipeline.publish import extend_manifest
 from pipeline.reasons import is_transient
 from pipeline.record import RecordStage, total_counts
@@ -186,7 +186,7 @@ class Repair:
             shards=tuple(tuple(parts) for parts in cut_shards(units, num_kept, size)),
             duplicates=duplicates,
             samples_per_shard=size,
-            columns=self.config.pack.columns,
+            more_columns=more_columns(self.config),
             first_shard=first_shard,
             name=self._name("pack"),
         )

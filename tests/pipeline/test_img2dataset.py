@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tarfile
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,6 +242,7 @@ def test_a_reader_of_its_shards_reads_ours(tmp_path: Path, site: Any, words: Cal
     urls = tmp_path / "urls.csv"
     urls.write_text("url,caption\n" + "".join(f"{url},{caption}\n" for url, caption in pairs.items()))
     settings = words(tmp_path / "ours", f"input={urls}", "pack.columns=img2dataset", "image.exif=true")
+    settings.append("fetch.compute_hash=md5")
     assert main(["build", *settings]) == 0
     ours = tmp_path / "ours/shards/00000.tar"
     by_url = {told["url"]: (image, caption, told) for image, caption, told in read_as_img2dataset_writes(theirs)}
@@ -249,6 +251,8 @@ def test_a_reader_of_its_shards_reads_ours(tmp_path: Path, site: Any, words: Cal
         assert np.array_equal(image, their_image)
         assert caption == their_caption
         assert {name: told[name] for name in their_told} == their_told | {"key": told["key"]}
+        with urllib.request.urlopen(told["url"], timeout=5) as answer:
+            assert told["md5"] == hashlib.md5(answer.read()).hexdigest()
     assert by_url == {}
     their_schema = pq.read_schema(theirs.with_suffix(".parquet"))
     our_schema = pq.read_schema(ours.with_suffix(".parquet"))
@@ -256,6 +260,7 @@ def test_a_reader_of_its_shards_reads_ours(tmp_path: Path, site: Any, words: Cal
         name: our_schema.field(name).type for name in their_schema.names
     }
     assert pq.read_table(ours.with_suffix(".parquet"))["status"].to_pylist() == ["success"] * 5
+    assert our_schema.field("md5").type == "string"
     with tarfile.open(theirs) as one, tarfile.open(ours) as other:
         assert {Path(name).suffix for name in one.getnames()} == {Path(name).suffix for name in other.getnames()}
 
