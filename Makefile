@@ -33,7 +33,7 @@ bench-methods: .venv/.installed  ## time and memory of a step of every method, a
 bench-politeness: .venv/.installed  ## what limits per host over the cluster cost; half a minute
 	$(BIN)/python tests/benchmarks/politeness.py
 
-bench-loss: .venv/.installed  ## memory and time of the contrastive losses against dense ones; needs 19 GiB free and minutes
+bench-loss: .venv/.installed  ## memory and time of the contrastive losses against dense ones; needs 15 GiB free and minutes
 	$(BIN)/python tests/benchmarks/loss.py
 
 clean:  ## remove the virtual environment and the demo's output
