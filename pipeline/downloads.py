@@ -17,7 +17,8 @@ from pipeline.timings import Timing, bytes_per_s, images_per_s
 
 COLUMNS = ("url", "reason", "http_status", "attempts", "size_bytes", "width")
 MAX_HOSTS = 12
-NO_ANSWER = 0
+NO_ANSWER, UNTOLD = 0, -1
+"""In the place of a status; fetch.engine=img2dataset tells none unless it is an error."""
 
 
 @dataclass(kw_only=True)
@@ -47,7 +48,7 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Downloads:
-    """Tallies of the pairs that were asked for over the network; status `NO_ANSWER` stands for none."""
+    """Tallies of the pairs that were asked for over the network."""
 
     by_status: dict[int, Tally]
     by_host: dict[str, Tally]
@@ -79,7 +80,7 @@ def tally_downloads(tables: Iterable[pa.Table]) -> Downloads:
         rows = zip(*(asked[name].to_pylist() for name in COLUMNS), strict=True)
         for url, reason, status, attempts, size_bytes, width in rows:
             for tally in (
-                downloads.by_status.setdefault(status or NO_ANSWER, Tally()),
+                downloads.by_status.setdefault(status or (NO_ANSWER if size_bytes is None else UNTOLD), Tally()),
                 downloads.by_host.setdefault(host_of(url), Tally()),
                 downloads.by_attempts.setdefault(attempts, Tally()),
             ):
@@ -137,7 +138,7 @@ def host_of(url: str | None) -> str:
 
 def status_name(status: int) -> str:
     """An HTTP status, or the lack of one, for people."""
-    return f"HTTP {status}" if status else "no answer"
+    return {NO_ANSWER: "no answer", UNTOLD: "not told"}.get(status, f"HTTP {status}")
 
 
 def size_text(size_bytes: float) -> str:

@@ -95,10 +95,12 @@ def _download(row: dict[str, Any]) -> Iterator[str]:
     if not row["attempts"]:
         yield "  download    none: decided before"
         return
-    status = f"HTTP {row['http_status']}" if row["http_status"] else "no response"
+    got_body = row["size_bytes"] is not None  # fetch.engine=img2dataset does not tell the status of a success
+    status = f"HTTP {row['http_status']}" if row["http_status"] else "answered" if got_body else "no response"
     tries = f"{row['attempts']} attempt{'s' if row['attempts'] > 1 else ''}"
-    size = f", {row['size_bytes']:,} bytes" if row["size_bytes"] is not None else ""
-    yield f"  download    {status}, {tries}, {row['seconds'] or 0:.2f} s{size}"
+    took = f", {row['seconds']:.2f} s" if row["seconds"] is not None else ""
+    size = f", {row['size_bytes']:,} bytes" if got_body else ""
+    yield f"  download    {status}, {tries}{took}{size}"
     if row["num_redirects"]:
         yield f"              {row['num_redirects']} redirects, to {row['final_url']}"
     if row["sha256"]:

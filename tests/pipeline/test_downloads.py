@@ -11,7 +11,7 @@ import pytest
 from cluster.cli import main as pairmill
 from cluster.journal import Marker
 from pipeline.__main__ import main
-from pipeline.downloads import COLUMNS, NO_ANSWER, Totals, tally_downloads
+from pipeline.downloads import COLUMNS, NO_ANSWER, Totals, status_name, tally_downloads
 from pipeline.timings import Timing
 
 
@@ -52,6 +52,16 @@ def test_hosts_without_a_failure_are_not_among_the_failing() -> None:
     table = rows(("http://a.test/1", None, 200, 1, 9, 64), ("http://b/2", "timeout", None, 1, None, None))
     found = tally_downloads([table])
     assert [host for host, _ in found.failing_hosts()] == ["b"]
+
+
+def test_an_answer_whose_status_is_not_told_is_no_missing_answer() -> None:
+    found = tally_downloads(
+        [rows(("http://a/1", None, None, 1, 9, 64), ("http://a/2", "timeout", None, 1, None, None))]
+    )
+    assert {status_name(status): tally.num_images for status, tally in found.statuses()} == {
+        "not told": 1,
+        "no answer": 0,
+    }
 
 
 def test_pairs_that_were_not_asked_for_are_not_counted() -> None:
