@@ -123,7 +123,7 @@ class FetchConfig(Config):
         True, "check servers' certificates, against SSL_CERT_FILE, CURL_CA_BUNDLE or the system's bundle"
     )
     decode_threads: int = key(
-        2,
+        1,
         "threads that decode and encode beside the event loop",
         unit="threads",
         affects_result=False,
