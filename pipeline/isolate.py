@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from io import FileIO
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -105,10 +104,6 @@ class Decoders:
             self._slots.put(slot)
         raise ImageError(Reason.DECODER_CRASHED, "the decoding processes ended twice")
 
-    def processor_seconds(self) -> float:
-        """What the decoding processes that live now have used."""
-        return self._running().processor_seconds()
-
     def close(self) -> None:
         with self._lock:
             if self._host is not None:
@@ -176,12 +171,6 @@ class _Host:
             return json.loads(told), data
         except (EOFError, BrokenPipeError, ValueError):
             raise _HostLostError from None
-
-    def processor_seconds(self) -> float:
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        # Fields 14 and 15 of stat; the second, the name, is the only one that may hold spaces.
-        stats = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split() for child in children]
-        return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """End the host; its children end with it. The pipes stay open for threads that wait at their ends."""
