@@ -291,4 +291,16 @@ def check_parts(config: TrainConfig, num_ranks: int, classes: Sequence[str] = ()
             f"train.accumulation={loop.accumulation}: a rank's {loop.batch_size // num_ranks} samples of a step cannot "
             "be cut into that many equal parts"
         )
+    check_backbone(config)
     METHODS[config.method].check(config.method_config, config.model, part_size=part_size, has_labels=bool(classes))
+
+
+def check_backbone(config: TrainConfig) -> None:
+    """Raise RequestError when the method leaves patches out and the image encoder cannot."""
+    vision = config.model.vision
+    if METHODS[config.method].drops_patches and not vision.drops_patches:
+        able = ", ".join(sorted(name for name, method in METHODS.items() if not method.drops_patches))
+        raise RequestError(
+            f"method={config.method}: leaves patches out, and {vision.timm or vision.size} sees whole pictures only; "
+            f"use a vision transformer, or one of the methods {able}"
+        )

@@ -58,7 +58,7 @@ class Slip(Clip):
     def __init__(self, config: SlipConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, model, tokenizer)
         self.slip = config
-        self.view_projection = ViewProjection(model.vision.shape.width, config.ssl_hidden, config.ssl_dim)
+        self.view_projection = ViewProjection(self.towers.image.pooled_width, config.ssl_hidden, config.ssl_dim)
 
     def embed(self, batch: Batch) -> Embedded:
         """Return what CLIP shares, and both views' normalised projections, [B, P]."""

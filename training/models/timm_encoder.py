@@ -30,6 +30,8 @@ class TimmEncoder(ImageEncoder):
         super().__init__()
         self.name = config.timm
         self.model: Any = create(config.timm, config.image_size)
+        # Called as a module, not by method: ZeRO-3 fetches the parameters that a model itself holds at its call.
+        self.model.forward = self.model.forward_features
         self.width = int(self.model.num_features)
         self.pooled_width = int(getattr(self.model, "head_hidden_size", self.width))
         self.num_prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
@@ -43,7 +45,7 @@ class TimmEncoder(ImageEncoder):
     def forward(self, pixels_BCSS: Tensor, keep_BV: Tensor | None = None) -> Tensor:
         """Return tokens [B, L, D]: what stands before the patches in the model, if anything, then the patches."""
         refuse_keep(self.name, keep_BV)
-        x: Tensor = self.model.forward_features(pixels_BCSS.to(next(self.model.parameters()).dtype))
+        x: Tensor = self.model(pixels_BCSS.to(next(self.model.parameters()).dtype))
         if self.num_dimensions == 3:
             return x
         return (x.movedim(1, -1) if self.channels_first else x).flatten(1, 2)
@@ -68,7 +70,7 @@ class TimmEncoder(ImageEncoder):
         was_training = self.model.training
         self.model.eval()  # batch normalisation must not count this picture
         like = next(self.model.parameters())
-        shape: torch.Size = self.model.forward_features(like.new_zeros(1, 3, image_size, image_size)).shape
+        shape: torch.Size = self.model(like.new_zeros(1, 3, image_size, image_size)).shape
         self.model.train(was_training)
         return shape
 
