@@ -84,13 +84,14 @@ def http_reason(status: int) -> str:
     return f"http_{status}"
 
 
-TRANSIENT_HTTP = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT_HTTP = frozenset({408, 425, 429, *range(500, 600)} - {501, 505, 506, 508, 510, 511})
+"""Of the 5xx without those that say that the server will never answer this request."""
 
 
 def is_transient(reason: str) -> bool:
     """Whether the same request may succeed later; others are never repeated."""
     if reason.startswith("http_"):
-        return int(reason.removeprefix("http_")) in TRANSIENT_HTTP
+        return int(reason.removeprefix("http_")) in _TRANSIENT_HTTP
     return Reason(reason).transient
 
 

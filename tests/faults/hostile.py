@@ -215,7 +215,7 @@ class HostileWeb:
         """An error the first time, then the picture."""
         if num_asked:
             return await self.answer_image(line, argument, 0)
-        return await self.answer_status(line, argument, 0)
+        return await self.answer_status(line, argument.partition("/")[0], 0)
 
     async def answer_endless(self, line: Line, argument: str, num_asked: int) -> bool:
         await line.send(head(argument or "200 OK"))

@@ -1,5 +1,6 @@
 """What a downloader must not do, whoever asks it to: connections, headers and redirects as a server sees them."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,23 @@ def test_a_long_retry_after_parks_the_rest_of_the_host_at_once(web: Echo) -> Non
     assert set(reasons(ended[:-1])) == {"http_429", "host_unavailable"}
     assert web.requests("127.0.4.1") <= 8
     assert all(response.attempts <= 1 for response in ended)
+
+
+def test_a_unit_with_a_dead_host_ends_after_about_one_timeout(web: Echo) -> None:
+    dead, started = f"http://127.0.4.9:{web.listen_deaf('127.0.4.9')}", time.monotonic()
+    urls = [*(f"{dead}/{number}" for number in range(100)), web.url("image/a", "127.0.4.1")]
+    ended = download(urls, allow_addresses=["127.0.0.0/8"], connect_timeout_s=1, retries=2)
+    assert ended[-1].reason is None
+    assert set(reasons(ended[:-1])) == {"timeout", "host_unavailable"}
+    assert 1 <= time.monotonic() - started < 2.5
+
+
+def test_a_host_that_was_down_for_a_moment_is_probed_and_then_used_again(web: Echo) -> None:
+    """Eight URLs fail once each: five failures in a row open the breaker, the first probe that succeeds closes it."""
+    urls = [web.url(f"flaky/503/{number}", "127.0.4.1") for number in range(8)]
+    ended = download(urls, allow_addresses=["127.0.0.0/8"], connections_per_host=8, retries=3)
+    assert reasons(ended) == [None] * 8
+    assert {response.attempts for response in ended} == {2}
 
 
 def test_a_host_that_refuses_connections_is_left_alone() -> None:

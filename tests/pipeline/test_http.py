@@ -147,6 +147,8 @@ def test_every_reason_has_its_sentence_and_says_whether_to_try_again() -> None:
     assert all(sentence(reason) for reason in Reason)
     assert is_transient("timeout")
     assert is_transient("http_503")
+    assert is_transient("http_522")
+    assert not is_transient("http_501")
     assert not is_transient("http_404")
     assert not is_transient("forbidden_address")
     assert sentence("http_410").endswith("410")
