@@ -54,6 +54,9 @@ class Admission(Protocol):
     def done(self, host: str, ended: Ended, now: float) -> None:
         """A request that was let go has ended, or was given up."""
 
+    def tick(self, now: float) -> None:
+        """The engine's loop has turned: do what is due without being asked. Called at least once a second."""
+
     def learn(self, url: str, http_status: int | None, body: bytes) -> None:
         """What a needed URL has brought after its redirects; no status: the host could not be reached."""
 
@@ -71,6 +74,8 @@ class Unrestricted:
         return 0.0
 
     def done(self, host: str, ended: Ended, now: float) -> None: ...
+
+    def tick(self, now: float) -> None: ...
 
     def learn(self, url: str, http_status: int | None, body: bytes) -> None: ...
 

@@ -90,6 +90,7 @@ class Downloader:
         """
         now = time.monotonic()
         self._look_again(now)
+        self._admission.tick(now)
         held = self.held_bytes
         if held > limit_bytes:
             self._evict(held - limit_bytes, now)

@@ -59,6 +59,9 @@ class Politeness:
     def done(self, host: str, ended: Ended, now: float) -> None:
         self._turnstile.done(host, now)
 
+    def tick(self, now: float) -> None:
+        self._turnstile.tick(now)
+
     def learn(self, url: str, http_status: int | None, body: bytes) -> None:
         text = body[:MAX_BYTES].decode("utf-8-sig", "replace")
         self._turnstile.keep(url, Note(http_status, text), time.monotonic())

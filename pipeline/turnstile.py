@@ -22,12 +22,14 @@ GATHER_S = 0.001
 """What the engine asks within so long goes out in one call."""
 REPLY_S = 0.003
 """How soon an answer of the ledger may be there."""
-FLUSH_S = 0.25
-"""Slots that are no longer needed go back with the next call, or alone after so long."""
+TOUR_S = 0.125
+"""How often all hosts are looked at, for those that have to be mentioned."""
+LINGER_S = 0.1
+"""A slot is kept for so long after its request has ended: the next one to the host may follow."""
 REFRESH_S = (1.0, 0.25)
 """How often hosts with requests under way are mentioned, with one slot and with more: others may wait for a share."""
 IDLE_S = 2.0
-"""A slot that was not used for so long goes back."""
+"""A slot that was waited for and not taken for so long goes back."""
 POLL_S = (0.02, 0.5)
 """How soon and, in the end, how often to ask again for a slot that others have."""
 WINDOW_PER_CONNECTION = 4
@@ -48,7 +50,10 @@ class _Door:
     starts: "deque[float] | None" = None
     """When requests may begin, each within `spacing_s`; None if the host has no rate."""
     spacing_s: float = 0.0
+    peak: int = 0
+    """The most requests under way since the ledger was told."""
     asked_at: float = 0.0
+    ended_at: float = 0.0
     told_at: float = 0.0
     next_poll: float = 0.0
     poll_s: float = POLL_S[0]
@@ -76,8 +81,8 @@ class _Line:
     """The way to one shard: what is to be told, and the call under way."""
 
     dirty: dict[str, None] = field(default_factory=dict)
-    dirty_since: float = 0.0
-    is_urgent: bool = False
+    due: float = float("inf")
+    """When it is to be told."""
     questions: set[str] = field(default_factory=set)
     notes: dict[str, Note] = field(default_factory=dict)
     call: "Future[Answer] | None" = None
@@ -85,7 +90,6 @@ class _Line:
     asked: tuple[str, ...] = ()
     kept: dict[str, Note] = field(default_factory=dict)
     sent_at: float = float("-inf")
-    quiet_until: float = float("-inf")
 
 
 class Turnstile:
@@ -101,7 +105,8 @@ class Turnstile:
         self._doors: dict[str, _Door] = {}
         self._lines = [_Line() for _ in range(ledgers.num_shards)]
         self._notes: dict[str, Note | None] = {}
-        self._num_waiting = 0
+        self._num_ahead = 0
+        """Hosts that are waited for and have no request under way; exact after a tour."""
         self._next_tour = 0.0
         self.num_calls = 0
 
@@ -113,27 +118,26 @@ class Turnstile:
         """
         door = self._doors.get(host)
         if door is None:
-            if len(self._doors) >= self._window:
-                self._exchange(now)
-                if len(self._doors) >= self._window:
-                    return LATER_S
+            if self._num_ahead >= self._window:
+                return LATER_S
+            self._num_ahead += 1
             door = self._doors[host] = _Door(moved_at=now, every_s=every_s)
         if not door.waiting and not door.busy:
             door.moved_at = now
         door.asked_at = now
         door.every_s = every_s
-        if url not in door.waiting:
-            door.waiting.add(url)
-            self._num_waiting += 1
+        if every_s and door.starts is None:  # a wish that the ledger has not heard of yet
+            door.starts = deque()
+        door.waiting.add(url)
         if not door.may_start(now):
             if door.lacks(self._limit, now) and host not in self._line(host).told:
-                self._mark(host, now, urgent=True)
+                self._mark(host, now)
             self._exchange(now)
         if door.may_start(now):
             self._begin(door, url, now)
             return 0.0
         if not door.busy and now - door.moved_at > self._wait_s:
-            self._forget(door, url)
+            door.waiting.discard(url)
             self._mark(host, now)
             return None
         return self._delay(host, door, now)
@@ -142,10 +146,15 @@ class Turnstile:
         """A request that was let go has ended."""
         door = self._doors[host]
         door.busy -= 1
-        is_wanted = door.granted <= door.busy  # by others: we were told to let some requests end
-        if is_wanted or not door.waiting:  # while something waits we are asked often, else this may be the last call
-            self._mark(host, now, urgent=is_wanted or not self._num_waiting)
-        self._exchange(now)
+        door.ended_at = now
+        if door.granted <= door.busy:  # we were told to let some requests end: others wait for it
+            self._mark(host, now)
+            self._exchange(now)
+
+    def tick(self, now: float) -> None:
+        """Do what is due; called at every turn of the engine, so it costs next to nothing when nothing is."""
+        if now >= self._next_tour:
+            self._exchange(now)
 
     def note(self, url: str, now: float) -> Note | None:
         """What the cluster knows of a site's file; see `is_asking` for whether None is an answer."""
@@ -153,7 +162,7 @@ class Turnstile:
             self._notes[url] = None
             line = self._line(urlsplit(url).hostname or "")
             line.questions.add(url)
-            self._urge(line, now)
+            self._tell(line, now)
         self._exchange(now)
         return self._notes[url]
 
@@ -167,7 +176,7 @@ class Turnstile:
         self._notes[url] = note
         line = self._line(urlsplit(url).hostname or "")
         line.notes[url] = note
-        self._urge(line, now)
+        self._tell(line, now)
         self._exchange(now)
 
     def close(self) -> None:
@@ -176,20 +185,18 @@ class Turnstile:
             hosts = [host for host in self._doors if self._line(host) is line]
             if hosts or line.notes:
                 self._ledgers.send(index, Message(self._holder, {host: Ask(0) for host in hosts}, (), line.notes))
+            line.call, line.dirty, line.notes, line.due = None, {}, {}, float("inf")
         self._doors.clear()
 
     def _begin(self, door: _Door, url: str, now: float) -> None:
         door.busy += 1
-        self._forget(door, url)
+        door.peak = max(door.peak, door.busy)
+        door.waiting.discard(url)
+        self._num_ahead -= door.busy == 1
         door.moved_at = now
         door.poll_s = POLL_S[0]
         if door.starts is not None:
             door.starts.popleft()
-
-    def _forget(self, door: _Door, url: str) -> None:
-        if url in door.waiting:
-            door.waiting.remove(url)
-            self._num_waiting -= 1
 
     def _delay(self, host: str, door: _Door, now: float) -> float:
         """When to ask again for a host whose turn has not come."""
@@ -200,19 +207,13 @@ class Turnstile:
             return max(REPLY_S, door.starts[0] - now)
         return max(REPLY_S, min(door.next_poll, door.until) - now)
 
-    def _mark(self, host: str, now: float, *, urgent: bool = False) -> None:
+    def _mark(self, host: str, now: float) -> None:
         line = self._line(host)
-        if not line.dirty:
-            line.dirty_since = now
         line.dirty[host] = None
-        if urgent:
-            self._urge(line, now)
+        self._tell(line, now)
 
-    @staticmethod
-    def _urge(line: _Line, now: float) -> None:
-        if not line.is_urgent:
-            line.is_urgent = True
-            line.dirty_since = now
+    def _tell(self, line: _Line, now: float) -> None:
+        line.due = min(line.due, now if self._ledgers.answers_at_once else now + GATHER_S)
 
     def _line(self, host: str) -> _Line:
         return self._lines[shard_of(host, len(self._lines))]
@@ -220,19 +221,13 @@ class Turnstile:
     def _exchange(self, now: float) -> None:
         """Take in answers that have come and send what is due."""
         if now >= self._next_tour:
-            self._next_tour = now + REFRESH_S[1] / 2
+            self._next_tour = now + TOUR_S
             self._tour(now)
         for index, line in enumerate(self._lines):
             self._take(line, now)
-            if self._is_due(line, now):
+            if line.call is None and now >= line.due:
                 self._send(index, line, now)
                 self._take(line, now)
-
-    def _is_due(self, line: _Line, now: float) -> bool:
-        if line.call is not None or now < line.quiet_until or not (line.dirty or line.is_urgent):
-            return False
-        gather_s = 0.0 if self._ledgers.answers_at_once else GATHER_S
-        return now - line.dirty_since >= (gather_s if line.is_urgent else FLUSH_S)
 
     def _tour(self, now: float) -> None:
         """Mention hosts that are in use, and those that no longer are."""
@@ -240,25 +235,26 @@ class Turnstile:
             if door.busy:
                 if now - door.told_at >= REFRESH_S[door.granted > 1]:
                     self._mark(host, now)
-            elif now - door.asked_at >= IDLE_S:
-                self._num_waiting -= len(door.waiting)
+            elif now - max(door.asked_at, door.ended_at) >= (IDLE_S if door.waiting else LINGER_S):
                 door.waiting.clear()
                 self._mark(host, now)
+        self._num_ahead = sum(1 for door in self._doors.values() if door.waiting and not door.busy)
 
     def _send(self, index: int, line: _Line, now: float) -> None:
         told = {}
         for host in line.dirty:
             if door := self._doors.get(host):
-                wanted = door.busy
-                if door.waiting:  # twice as many as before: an engine may show its jobs one at a time
+                wanted = door.peak if door.busy else 0
+                if door.waiting:  # twice as many as before: the engine may show its jobs one at a time
                     wanted = min(self._limit, door.busy + max(door.busy, len(door.waiting)))
+                door.peak = door.busy
                 starts = max(0, len(door.waiting) - len(door.starts or ()))
                 told[host] = Ask(wanted, door.busy, starts, door.every_s)
                 door.granted = min(door.granted, wanted)  # what is given back is not used while the call is under way
                 door.told_at = now
         message = Message(self._holder, told, tuple(line.questions), line.notes)
         line.told, line.asked, line.kept = told, message.questions, line.notes
-        line.dirty, line.questions, line.notes, line.is_urgent = {}, set(), {}, False
+        line.dirty, line.questions, line.notes, line.due = {}, set(), {}, float("inf")
         line.sent_at = now
         line.call = self._ledgers.send(index, message)
         self.num_calls += 1
@@ -273,12 +269,10 @@ class Turnstile:
             answer = call.result()
         except Exception as error:  # whatever Ray says of an actor that is being started again
             logger.warning("the ledger of hosts does not answer, asking again: %s", type(error).__name__)
-            line.quiet_until = now + FAILED_S
             line.questions.update(asked)
             line.notes = line.kept | line.notes
-            for host in told:
-                self._mark(host, now)
-            self._urge(line, now)
+            line.dirty |= dict.fromkeys(told)
+            line.due = now + FAILED_S
             return
         for url in asked:
             self._notes[url] = answer.notes.get(url, self._notes.get(url))

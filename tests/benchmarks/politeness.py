@@ -41,6 +41,7 @@ def work_through(hosts: list[str], admission: Admission) -> Cost:
     wall, cpu, number = time.monotonic(), time.process_time(), 0
     while ready or later or under_way:
         now = time.monotonic()
+        admission.tick(now)
         while later and later[0][0] <= now:
             ready.append(heapq.heappop(later)[2])
         while under_way and under_way[0][0] <= now:
