@@ -6,11 +6,17 @@
 A checkpoint that was cut short has no marker; one that was damaged later does not agree with it and is passed over.
 """
 
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cluster.errors import RunError
 from cluster.journal import file_sha256
+from cluster.scratch import scratch_folder
 from cluster.store import Store
 from pipeline.manifest import FileInfo
+from training.elastic import convert
 from training.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -29,6 +38,10 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "weights.pt", "config.json", "tokenizer.json"
 CLASSES_FILE = "classes.json"
+CONVERTED = "work/universal"
+POLL_S = 0.1
+GRACE_S = 30.0
+PARTS_PATIENCE_S = 1_800.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,28 +124,56 @@ def local_copy(store: Store, path: str) -> Iterator[Path]:
     if store.is_local:
         yield Path(store.full(path))
         return
-    with tempfile.TemporaryDirectory(prefix="pairmill-") as folder:
-        local = Path(folder) / Path(path).name
+    with scratch_folder() as folder:
+        local = folder / Path(path).name
         store.get_file(path, local)
         yield local
 
 
 class Checkpoints:
-    """Saves and loads the checkpoints of a run from inside its process group. Every call is collective."""
+    """Saves and loads the checkpoints of a run from inside its process group. Every call is collective.
+
+    A checkpoint is written to a local folder while training waits, and brought to the store behind its back: each
+    rank's files by a thread of its own, then the marker by rank 0, once every rank has left the list of its files.
+    """
 
     def __init__(self, store: Store, *, rank: int, num_ranks: int, keep: int) -> None:
         self._store, self._rank, self._num_ranks, self._keep = store, rank, num_ranks, keep
+        self._publishing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.damaged: list[tuple[int, str]] = []
         """Checkpoints that `load_newest` passed over on this rank (rank 0 alone looks): step and damaged file."""
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._publishing:  # what was saved before a failure is worth a moment, and its own failure no word
+            concurrent.futures.wait([self._publishing], timeout=GRACE_S)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def save(self, engine: Engine, *, samples_seen: int, files: dict[str, bytes]) -> None:
-        """Publish the state after `engine.steps` steps; files: small ones to store beside it, by name."""
-        tag = tag_of(engine.steps)
+        """Save the state after `engine.steps` steps, and begin to publish it; waits for the checkpoint before.
+
+        files: small ones to store beside it, by name. Raises what went wrong with the checkpoint before.
+        """
+        self.wait()
+        info = CheckpointInfo(
+            step=engine.steps,
+            num_ranks=self._num_ranks,
+            zero_stage=engine.zero_stage,
+            samples_seen=samples_seen,
+            files=(),
+        )
+        tag = tag_of(info.step)
         if self._rank == 0:  # what an interrupted or damaged attempt at the same step left
-            self._store.remove(f"{FOLDER}/{tag}.json")
-            self._store.remove(f"{FOLDER}/{tag}")
+            self._store.remove(f"{info.folder}.json")
+            self._store.remove(info.folder)
         dist.barrier()
-        with self._scratch() as scratch:
+        with contextlib.ExitStack() as stack:
+            scratch = stack.enter_context(self._scratch())
             engine.save(str(scratch), tag, {"samples_seen": samples_seen})
             torch.save(_random_state(), scratch / tag / f"random-{self._rank:05}.pt")
             weights = engine.full_weights()
@@ -140,22 +181,19 @@ class Checkpoints:
                 torch.save(weights, scratch / tag / WEIGHTS_FILE)
                 for name, data in files.items():
                     (scratch / tag / name).write_bytes(data)
-            published_here = self._publish(scratch / tag, f"{FOLDER}/{tag}")
-        everywhere: list[list[FileInfo]] = [[] for _ in range(self._num_ranks)]
-        dist.all_gather_object(everywhere, published_here)
-        if self._rank == 0:
-            info = CheckpointInfo(
-                step=engine.steps,
-                num_ranks=self._num_ranks,
-                zero_stage=engine.zero_stage,
-                samples_seen=samples_seen,
-                files=tuple(sorted((file for files in everywhere for file in files), key=lambda file: file.path)),
-            )
-            self._store.write_bytes(f"{FOLDER}/{tag}.json", info.to_json())
-            self._prune(engine.steps)
+            self._publishing = self._thread.submit(self._publish, info, scratch / tag, stack.pop_all())
+
+    def wait(self) -> None:
+        """Wait until what was saved is published. Raises what went wrong with it."""
+        publishing, self._publishing = self._publishing, None
+        if publishing:
+            publishing.result()
 
     def load_newest(self, engine: Engine) -> int:
-        """Take over the newest valid checkpoint, if there is one; returns the number of steps it has behind it."""
+        """Take over the newest valid checkpoint, if there is one; returns the number of steps it has behind it.
+
+        Another number of ranks than wrote it sees the same samples, crops and masks: only sums change their order.
+        """
         found: list[CheckpointInfo | None] = [None]
         if self._rank == 0:
             found[0], self.damaged = search_valid(self._store)
@@ -163,20 +201,65 @@ class Checkpoints:
         info = found[0]
         if info is None:
             return 0
-        with self._local_folder(info) as folder:
-            engine.load(str(folder.parent), folder.name)
-            _set_random_state(torch.load(folder / f"random-{self._rank:05}.pt", weights_only=True))
+        with self._local_folder(info.folder, [file.path for file in info.files]) as folder:
+            if info.num_ranks == self._num_ranks or info.zero_stage == 0:
+                engine.load(str(folder.parent), folder.name)
+            else:
+                self._load_converted(engine, info, folder)
+            writer = self._rank % info.num_ranks  # without effect: order, crops and masks have no state
+            _set_random_state(torch.load(folder / f"random-{writer:05}.pt", weights_only=True))
         assert engine.steps == info.step
         return info.step
 
-    def _publish(self, folder: Path, target: str) -> list[FileInfo]:
-        files = []
-        for local in sorted(path for path in folder.rglob("*") if path.is_file()):
-            path = f"{target}/{local.relative_to(folder)}"
-            size_bytes, sha256 = local.stat().st_size, file_sha256(local)
-            self._store.put_file(local, path)
-            files.append(FileInfo(path=path, size_bytes=size_bytes, sha256=sha256))
-        return files
+    def _load_converted(self, engine: Engine, info: CheckpointInfo, folder: Path) -> None:
+        """Rank 0 converts, all ranks load."""
+        converted = f"{CONVERTED}/{tag_of(info.step)}"
+        if self._rank == 0:
+            self._store.remove(CONVERTED)
+            with self._scratch() as scratch:
+                convert(folder, scratch / "all")
+                for local in sorted(path for path in (scratch / "all").rglob("*") if path.is_file()):
+                    self._store.put_file(local, f"{converted}/{local.relative_to(scratch / 'all')}")
+        dist.barrier()
+        weights = torch.load(folder / WEIGHTS_FILE, weights_only=True)
+        with self._local_folder(converted, [entry.path for entry in self._store.find(converted)]) as local_folder:
+            engine.load_converted(str(local_folder.parent), local_folder.name, weights)
+        dist.barrier()
+        if self._rank == 0:
+            self._store.remove(CONVERTED)
+
+    def _publish(self, info: CheckpointInfo, folder: Path, cleanup: contextlib.ExitStack) -> None:
+        """Bring this rank's files to the store; rank 0 then makes the marker."""
+        with cleanup:
+            files = []
+            for local in sorted(path for path in folder.rglob("*") if path.is_file()):
+                path = f"{info.folder}/{local.relative_to(folder)}"
+                size_bytes, sha256 = local.stat().st_size, file_sha256(local)
+                self._store.put_file(local, path)
+                files.append(FileInfo(path=path, size_bytes=size_bytes, sha256=sha256))
+        part = json.dumps([asdict(file) for file in files]).encode()
+        self._store.write_bytes(_part_path(info, self._rank), part)
+        if self._rank == 0:
+            parts = [self._await_part(_part_path(info, rank)) for rank in range(self._num_ranks)]
+            whole = dataclasses.replace(info, files=tuple(sorted(itertools.chain(*parts), key=lambda file: file.path)))
+            for rank in range(self._num_ranks):
+                self._store.remove(_part_path(info, rank))
+            self._store.write_bytes(f"{info.folder}.json", whole.to_json())
+            self._prune(info.step)
+
+    def _await_part(self, path: str) -> list[FileInfo]:
+        """The list of a rank's files, once it is there. RunError when it does not come."""
+        deadline = time.monotonic() + PARTS_PATIENCE_S
+        while True:
+            try:
+                return [FileInfo(**file) for file in json.loads(self._store.read_bytes(path))]
+            except FileNotFoundError:
+                if time.monotonic() > deadline:
+                    raise RunError(
+                        f"{self._store.url_of(path)}: a rank has not brought its part of the checkpoint to the store "
+                        f"within {PARTS_PATIENCE_S / 60:.0f} minutes; run the same command again"
+                    ) from None
+                time.sleep(POLL_S)
 
     def _prune(self, newest_step: int) -> None:
         """Remove all but the newest `keep`: the marker first, so that half a checkpoint is never believed.
@@ -194,10 +277,12 @@ class Checkpoints:
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
         """A folder to write to; on a local disk on the same file system, so that publishing is a rename."""
-        parent = None
-        if self._store.is_local:
-            parent = self._store.full("work")
-            Path(parent).mkdir(parents=True, exist_ok=True)
+        if not self._store.is_local:
+            with scratch_folder() as folder:
+                yield folder
+            return
+        parent = self._store.full("work")
+        Path(parent).mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"checkpoint-{self._rank}-", dir=parent))
         try:
             yield folder
@@ -205,14 +290,21 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _local_folder(self, info: CheckpointInfo) -> Iterator[Path]:
+    def _local_folder(self, folder: str, paths: Sequence[str]) -> Iterator[Path]:
+        """A local folder of the same name with the store's objects `paths`, which lie below `folder`."""
         if self._store.is_local:
-            yield Path(self._store.full(info.folder))
+            yield Path(self._store.full(folder))
             return
-        with tempfile.TemporaryDirectory(prefix="pairmill-") as temporary:
-            for file in info.files:
-                self._store.get_file(file.path, Path(temporary) / Path(file.path).relative_to(FOLDER))
-            yield Path(temporary) / tag_of(info.step)
+        with scratch_folder() as temporary:
+            parent = Path(folder).parent
+            for path in paths:
+                self._store.get_file(path, temporary / Path(path).relative_to(parent))
+            yield temporary / Path(folder).name
+
+
+def _part_path(info: CheckpointInfo, rank: int) -> str:
+    """Where a rank says which files it has brought; gone when the marker is made."""
+    return f"{info.folder}/files-{rank:05}.json"
 
 
 def _is_marker(path: str) -> bool:

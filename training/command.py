@@ -1,7 +1,6 @@
 """`pairmill train`: check, register the run, start the ranks, say where the results are."""
 
 import contextlib
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -130,7 +129,6 @@ def prepared(plan: TrainPlan, samples: Samples, num_ranks: int) -> Iterator[Rank
     store = open_run(plan.config.output, "train", plan.config).store
     with hold(store):
         _refuse_other_samples(store, samples)
-        _refuse_other_ranks(store, num_ranks)
         for leftover in (STOP_FILE, launch.FAILURE_FILE, PROGRESS_FILE, "work"):
             store.remove(leftover)
         if initial and not store.exists(INITIAL_FILE):
@@ -161,15 +159,6 @@ def _refuse_other_samples(store: Store, samples: Samples) -> None:
                 f"data.dataset={samples.url}: changed since this run began (its manifest was {began_with[:12]}..., is "
                 f"{samples.fingerprint[:12]}...), so the run cannot go on exactly; choose another output, or bring "
                 "back the dataset that it began with"
-            )
-
-
-def _refuse_other_ranks(store: Store, num_ranks: int) -> None:
-    for info in itertools.islice(published(store), 1):
-        if info.num_ranks != num_ranks:
-            raise RequestError(
-                f"train.num_ranks: the run's checkpoint of step {info.step} was written by {info.num_ranks} ranks and "
-                f"cannot be taken over by {num_ranks}; use train.num_ranks={info.num_ranks}, or another output"
             )
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from training.config import OptimConfig, TrainConfig
 from training.methods import Batch, Method, Output, Shown
 
 logger = logging.getLogger(__name__)
+
+CONVERTIBLE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+"""In a checkpoint's state: DeepSpeed may convert it."""
 
 
 class Engine:
@@ -134,7 +138,7 @@ class Engine:
     def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
         """Write this rank's part of the training state below folder/tag."""
         os.makedirs(os.path.join(folder, tag), exist_ok=True)
-        self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state, save_latest=False)
+        self.deepspeed.save_checkpoint(folder, tag=tag, client_state=state | CONVERTIBLE, save_latest=False)
 
     def load(self, folder: str, tag: str) -> dict[str, Any]:
         """Take over what `save` wrote with the same number of ranks; returns its `state`."""
@@ -143,9 +147,49 @@ class Engine:
             raise RunError(f"{folder}/{tag}: DeepSpeed cannot load this checkpoint")
         return dict(state)
 
+    def load_converted(self, folder: str, tag: str, weights: Mapping[str, Tensor]) -> None:
+        """Take over a checkpoint that `training.elastic.convert` made of one of another number of ranks.
+
+        weights: what `full_weights` gave when it was saved; the conversion leaves out frozen parameters and buffers.
+        """
+        import deepspeed
+
+        optimizer = self.deepspeed.optimizer.optimizer
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in _groups(optimizer)]
+        deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of tensor parallelism, which there is none of
+        self.deepspeed._config.load_universal_checkpoint = True
+        self.load(folder, tag)
+        self.deepspeed._config.load_universal_checkpoint = False
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        # Under ZeRO-3 all groups get the settings of the first one and share its count of steps.
+        for group, own in zip(_groups(optimizer), settings, strict=True):
+            group.update(own)
+        for state in optimizer.state.values():
+            state["step"] = state["step"].clone()
+        self._load_constants(weights)
+
+    def _load_constants(self, weights: Mapping[str, Tensor]) -> None:
+        """Set buffers and frozen parameters."""
+        import deepspeed
+
+        module: nn.Module = self.deepspeed.module
+        for name, buffer in module.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                partitioned = [parameter] if self.zero_stage == 3 else []
+                with torch.no_grad(), deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+                    if parameter.numel():  # under ZeRO-3 it is whole on rank 0 alone
+                        parameter.copy_(weights[name].view_as(parameter))
+
     def _norm_without_zero(self) -> float:
         gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
         return float(nn.utils.get_total_norm(gradients))
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return optimizer.param_groups
 
 
 def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:

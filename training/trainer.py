@@ -102,6 +102,7 @@ def train(
         make_loader(plan, rank, start_step) as loader,
         RunLog(store, rank=rank.index, start_step=start_step) as log,
         Beacon(store, active=rank.index == 0) as beacon,
+        checkpoints,
     ):
         meter = Meter(plan, rank, loader, start_step, passed_over_notes(checkpoints.damaged, start_step))
         report(meter.progress(start_step), rank, beacon, watch)
@@ -112,10 +113,12 @@ def train(
             output = engine.gradients(batch, plan.num_steps)
             verdict = agree(output.loss, stop() or beacon.stop_requested)
             if not verdict.finite:
+                checkpoints.wait()
                 raise not_finite("loss", host_batch, output, store)
             try:
                 norm = engine.update(learning_rate(plan, step))
             except RunError:
+                checkpoints.wait()
                 raise not_finite("gradient", host_batch, output, store) from None
             if (step + 1) % config.log.every_steps == 0 or step + 1 == plan.num_steps:
                 log.record(meter.line(step, verdict.loss, norm, output))
