@@ -62,11 +62,11 @@ from pipeline.claims import Claims
 from pipeline.config import BuildConfig, ColumnsConfig, FetchConfig, HashName, ImageConfig
 from pipeline.http import Downloader
 from pipeline.isolate import Decoders, lease_decoders
+from pipeline.job import Response
 from pipeline.ledgers import Ledgers
 from pipeline.picture import ImageError, Processed
 from pipeline.plan import PLANNED
 from pipeline.tar import TarWriter
-from pipeline.transfer import Response
 from pipeline.workers import Workers
 
 POLL_S = 1.0

@@ -8,13 +8,10 @@ the host is *given up*: what is left of it is parked, that is, ends with a trans
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from pipeline.config import FetchConfig
+from pipeline.job import Job
 from pipeline.reasons import Reason, is_transient
-
-if TYPE_CHECKING:
-    from pipeline.transfer import Job
 
 LONGEST_PROBE_WAIT_S = 30.0
 
@@ -24,7 +21,7 @@ class HostQueue:
     """One host of one task. Times are of time.monotonic()."""
 
     name: str
-    waiting: "deque[Job]" = field(default_factory=deque)
+    waiting: deque[Job] = field(default_factory=deque)
     num_active: int = 0
     num_needs: int = 0
     """Downloads such as robots.txt for which the waiting ones have to wait."""
@@ -45,7 +42,7 @@ class HostQueue:
         """Whether a request may start."""
         return now >= self.not_before and self.num_active < (1 if self.is_open else config.connections_per_host)
 
-    def next(self, config: FetchConfig, now: float) -> "Job | None":
+    def next(self, config: FetchConfig, now: float) -> Job | None:
         """Take out the waiting job that may start now, if there is one."""
         if not self.waiting or not self.has_room(config, now):
             return None

@@ -9,7 +9,6 @@ What fails transiently is tried again after a back-off while others go on; a hos
 (pipeline.host_queue). Nothing here waits for the end of anything but the network.
 """
 
-import heapq
 import socket
 import time
 from collections import deque
@@ -19,12 +18,14 @@ from dataclasses import replace
 import pycurl
 
 from pipeline.admission import Admission, Ended, Need, Refusal, Unrestricted
+from pipeline.agenda import Agenda
 from pipeline.backoff import backoff_s
 from pipeline.config import FetchConfig
 from pipeline.event_loop import EventLoop
 from pipeline.host_queue import HostQueue
+from pipeline.job import Job, Response
 from pipeline.reasons import Reason, is_transient
-from pipeline.transfer import Job, Meter, Response, Transfer
+from pipeline.transfer import Meter, Transfer
 from pipeline.urls import UrlError, clean_url, host_of
 
 EVICT_MIN_BYTES = 2**20
@@ -45,8 +46,8 @@ class Downloader:
         self._meter = Meter()
         self._hosts: dict[str, HostQueue] = {}
         self._ready: deque[Job] = deque()
-        self._alarms: list[tuple[float, int, Job | HostQueue]] = []  # a heap: when to look at what again
-        self._num_alarms = self._num_backing_off = 0
+        self._backing_off = Agenda[Job]()
+        self._alarms = Agenda[HostQueue]()
         self._lookups: list[tuple[Future[bool], Job, Response]] = []
         self._needs: set[str] = set()
         self._transfers: dict[pycurl.Curl, Transfer] = {}
@@ -117,20 +118,18 @@ class Downloader:
     def _wait_s(self, timeout_s: float) -> float:
         if self._finished:
             return 0.0
-        if self._alarms:
-            timeout_s = min(timeout_s, self._alarms[0][0] - time.monotonic())
-        return max(0.0, min(timeout_s, RESOLVER_POLL_S if self._lookups else timeout_s))
+        if self._lookups:
+            timeout_s = min(timeout_s, RESOLVER_POLL_S)
+        now = time.monotonic()
+        return self._alarms.wait_s(self._backing_off.wait_s(timeout_s, now), now)
 
     def _look_again(self, now: float) -> None:
         """Bring back what has waited long enough, and what the resolver has judged."""
-        while self._alarms and self._alarms[0][0] <= now:
-            due = heapq.heappop(self._alarms)[2]
-            if isinstance(due, Job):
-                self._num_backing_off -= 1
-                self._ready.append(due)
-            else:
-                due.alarm = None
-                self._advance(due, now)
+        while job := self._backing_off.pop_due(now):
+            self._ready.append(job)
+        while host := self._alarms.pop_due(now):
+            host.alarm = None
+            self._advance(host, now)
         waiting, self._lookups = self._lookups, []
         for entry in waiting:
             judged, job, response = entry
@@ -143,11 +142,6 @@ class Downloader:
                 host.given_up = reason, response.detail or reason.sentence
                 self._finish(job, replace(response, reason=reason.value))
                 self._advance(host, now)
-
-    def _set_alarm(self, due: float, what: Job | HostQueue) -> None:
-        self._num_alarms += 1
-        self._num_backing_off += isinstance(what, Job)
-        heapq.heappush(self._alarms, (due, self._num_alarms, what))
 
     def _advance(self, host: HostQueue, now: float) -> None:
         """Let the next one who waits for a host go on, or look again when that may be possible."""
@@ -162,7 +156,7 @@ class Downloader:
     def _look_at(self, host: HostQueue, due: float) -> None:
         if host.alarm is None or due < host.alarm:
             host.alarm = due
-            self._set_alarm(due, host)
+            self._alarms.add(due, host)
 
     # Beginning.
 
@@ -298,7 +292,7 @@ class Downloader:
             self._advance(self._host(job.host), now)
         else:
             job.restart()
-            self._set_alarm(now + wait_s, job)
+            self._backing_off.add(now + wait_s, job)
 
     def _finish(self, job: Job, response: Response) -> None:
         if not job.is_needed:
@@ -320,7 +314,7 @@ class Downloader:
 
     def _park_the_hopeless(self) -> None:
         """At the end a unit does not wait for hosts that were too slow."""
-        if self._transfers or self._ready or self._lookups or self._num_backing_off:
+        if self._transfers or self._ready or self._lookups or self._backing_off:
             return
         waiting = [host for host in self._hosts.values() if host.waiting]
         if all(host.is_down for host in waiting):

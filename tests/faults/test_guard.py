@@ -13,8 +13,8 @@ import pipeline.transfer
 from pipeline.admission import Admission, Ended, Headers, Need, Refusal, Unrestricted
 from pipeline.config import FetchConfig
 from pipeline.http import Downloader
+from pipeline.job import Response
 from pipeline.reasons import Reason
-from pipeline.transfer import Response
 
 HOSTS = [f"127.0.4.{number}" for number in range(1, 12)]
 QUICK: dict[str, Any] = {"timeout_s": 5, "connect_timeout_s": 5, "retries": 1, "backoff_s": 0.01}

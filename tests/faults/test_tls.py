@@ -15,7 +15,7 @@ from hypercorn.config import Config
 
 from pipeline.config import FetchConfig
 from pipeline.http import Downloader
-from pipeline.transfer import Response
+from pipeline.job import Response
 
 HOST = "127.0.5.1"
 

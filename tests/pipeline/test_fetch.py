@@ -28,8 +28,8 @@ from pipeline.config import BuildConfig, FetchConfig
 from pipeline.event_loop import raise_file_limit
 from pipeline.fetch import FETCHED, FetchStage
 from pipeline.http import Downloader
+from pipeline.job import Response
 from pipeline.plan import OrderStage, ReadStage
-from pipeline.transfer import Response
 
 Row = dict[str, Any]
 FAST = ("fetch.allow_private_addresses=true", "fetch.backoff_s=0.02", "fetch.timeout_s=10")

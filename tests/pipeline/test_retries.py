@@ -6,7 +6,7 @@ import pytest
 from pipeline.backoff import backoff_s, retry_after_s
 from pipeline.config import FetchConfig
 from pipeline.host_queue import HostQueue
-from pipeline.transfer import Job
+from pipeline.job import Job
 
 CONFIG = FetchConfig(host_failures=3, retries=2, backoff_s=1, max_wait_s=20, connections_per_host=4)
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
