@@ -102,9 +102,9 @@ class InitConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> "InitConfig":
         if self.checkpoint and self.weights:
-            raise ValueError("init.checkpoint and init.weights are both given; take one")
+            raise ValueError("checkpoint and weights are both given; take one")
         if self.parts and not (self.checkpoint or self.weights):
-            raise ValueError(f"init.parts={self.parts}: taken from where? set init.checkpoint or init.weights")
+            raise ValueError(f"parts={', '.join(self.parts)}: taken from where? set init.checkpoint or init.weights")
         return self
 
 
