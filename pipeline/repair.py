@@ -30,13 +30,13 @@ from pipeline.manifest import MANIFEST_FILE, Manifest, read_manifest
 from pipeline.pack import PackStage, cut_shards, more_columns
 from pipeline.publish import extend_manifest
 from pipeline.reasons import is_transient
-from pipeline.record import RecordStage, total_counts
+from pipeline.record import REPEATED_PAIR, RecordStage, total_counts
 from pipeline.repair_stages import Change, KeysStage, NewDuplicatesStage, PlanStage, UpdateStage
 from pipeline.rules import rules_of
 from pipeline.selection import DecidedUnit, Duplicates, num_dropped
 from pipeline.workfile import WorkFile
 
-Prefix = "reason:"
+_REASON = "reason:"
 RunStage = Callable[[Any], dict[str, Marker]]
 """Brings a stage's units to their markers."""
 
@@ -93,7 +93,7 @@ def _settings(stored: Mapping[str, Any], config: Any) -> BuildConfig:
 
 def transient_rows(marker: Marker) -> dict[str, int]:
     """{transient reason: input rows} of a record."""
-    reasons = {name.removeprefix(Prefix): n for name, n in marker.counts.items() if name.startswith(Prefix) and n}
+    reasons = {name.removeprefix(_REASON): n for name, n in marker.counts.items() if name.startswith(_REASON) and n}
     return {reason: number for reason, number in reasons.items() if is_transient(reason)}
 
 
@@ -217,7 +217,12 @@ def print_outcome(store: Store, before: Manifest, after: Manifest) -> None:
     print(f"tried again: {repair['num_rows']:,} rows = {_counts_text(repair['before'])}")
     print(f"now: {_counts_text(repair['after'])}")
     left = sum(number for reason, number in repair["after"].items() if _may_pass(reason))
-    print("everything else came or is final" if not left else f"left for another repair: {left:,} rows")
+    if left:
+        print(f"left for another repair: {left:,} rows")
+    elif repair["after"]["kept"] + repair["after"].get(REPEATED_PAIR, 0) == repair["num_rows"]:
+        print("everything was recovered")
+    else:
+        print("nothing is left to try again: the rest failed for good")
     added = after.shards[len(before.shards) :]
     names = f", new: {added[0].index:05}..{added[-1].index:05}" if added else ", none new"
     print(f"dataset: {store.url} ({after.num_samples:,} samples in {len(after.shards):,} shards{names})")
@@ -225,7 +230,7 @@ def print_outcome(store: Store, before: Manifest, after: Manifest) -> None:
 
 
 def _may_pass(name: str) -> bool:
-    return name not in ("kept", "repeated_pair") and is_transient(name)
+    return name not in ("kept", REPEATED_PAIR) and is_transient(name)
 
 
 def _counts_text(counts: Mapping[str, int]) -> str:
