@@ -1,10 +1,10 @@
-"""The host of the decoding processes: `python -m pipeline.decoder_host SETTINGS REQUEST REPLY [REQUEST REPLY ...]`.
+"""The host of the decoding processes: `python -m pipeline.decoder_host SETTINGS SOCKET [SOCKET ...]`.
 
-SETTINGS is an ImageConfig as JSON; the others are numbers of open pipes, a pair for each child. The host imports the
+SETTINGS is an ImageConfig as JSON; the others are numbers of open sockets, one for each child. The host imports the
 decoders, forks the children and waits. A child reads a body, decodes it and replies, one after the other, until its
-pipe is closed; it has a limit of memory, and one of processor time for each image. When a child dies while it decodes,
-the host replies in its place and forks another. When one dies at any other moment, the host ends and all with it:
-whoever reads the pipes sees their end, and what was being handed over can be asked again.
+socket is closed; it has a limit of memory, and one of processor time for each image. When a child dies while it
+decodes, the host replies in its place and forks another. When one dies at any other moment, the host ends and all with
+it: whoever waits at a socket sees its end, and what was being handed over can be asked again.
 """
 
 import ctypes
@@ -14,9 +14,9 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Sequence
-from io import FileIO
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -36,15 +36,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 when all pipes were closed, 1 when a child died while it was not decoding."""
+    """0 when all sockets were closed, 1 when a child died while it was not decoding."""
     config = cast("ImageConfig", SimpleNamespace(**json.loads(arguments[0])))
-    ends = [int(argument) for argument in arguments[1:]]
-    pipes = [(FileIO(request, "rb"), FileIO(reply, "wb")) for request, reply in zip(ends[::2], ends[1::2], strict=True)]
-    states = mmap.mmap(-1, len(pipes))  # shared with the children
+    askers = [socket.socket(fileno=int(argument)) for argument in arguments[1:]]
+    states = mmap.mmap(-1, len(askers))  # shared with the children
     if config.exif:
         import pipeline.exif  # noqa: F401  loaded before the children are forked
     gc.freeze()
-    slot_of = {_fork(slot, pipes, states, config): slot for slot in range(len(pipes))}
+    slot_of = {_fork(slot, askers, states, config): slot for slot in range(len(askers))}
     os.write(1, b"ready\n")
     while slot_of:
         pid, status = os.wait()
@@ -55,17 +54,17 @@ def main(arguments: Sequence[str]) -> int:
             return 1
         states[slot] = IDLE
         refusal = {"reason": Reason.DECODER_CRASHED.value, "detail": _cause(status)}
-        send(pipes[slot][1], json.dumps(refusal).encode(), b"")
-        slot_of[_fork(slot, pipes, states, config)] = slot
+        send(askers[slot], json.dumps(refusal).encode(), b"")
+        slot_of[_fork(slot, askers, states, config)] = slot
     return 0
 
 
-def serve(request: FileIO, reply: FileIO, states: mmap.mmap, slot: int, config: "ImageConfig") -> None:
+def serve(asker: socket.socket, states: mmap.mmap, slot: int, config: "ImageConfig") -> None:
     """Decode what comes until the other side is gone."""
     while True:
         try:
-            boxes, body = receive(request)
-        except EOFError:
+            boxes, body = receive(asker)
+        except (EOFError, OSError):
             return
         _allow_seconds(config.decode_timeout_s)
         states[slot] = DECODING
@@ -76,12 +75,12 @@ def serve(request: FileIO, reply: FileIO, states: mmap.mmap, slot: int, config: 
             told, data = {"reason": refusal.reason.value, "detail": refusal.detail}, b""
         states[slot] = IDLE
         try:
-            send(reply, json.dumps(told).encode(), data)
-        except BrokenPipeError:
+            send(asker, json.dumps(told).encode(), data)
+        except OSError:
             return
 
 
-def _fork(slot: int, pipes: Sequence[tuple[FileIO, FileIO]], states: mmap.mmap, config: "ImageConfig") -> int:
+def _fork(slot: int, askers: Sequence[socket.socket], states: mmap.mmap, config: "ImageConfig") -> int:
     host = os.getpid()
     pid = os.fork()
     if pid:
@@ -94,7 +93,7 @@ def _fork(slot: int, pipes: Sequence[tuple[FileIO, FileIO]], states: mmap.mmap, 
         os.dup2(nowhere, 2)  # libraries complain there of every damaged file
         _limit_memory(config.max_pixels * BYTES_PER_PIXEL + SPARE_BYTES)
         if os.getppid() == host:
-            serve(*pipes[slot], states, slot, config)
+            serve(askers[slot], states, slot, config)
             status = 0
     finally:
         os._exit(status)

@@ -3,21 +3,21 @@
 Every body comes from strangers, and image libraries have had memory errors in every format, JPEG included, so all of
 it happens there. A host process imports the decoders once and forks one child a thread; see `pipeline.decoder_host`.
 A child that dies while it decodes is forked anew in milliseconds, and the image it died of is refused with
-`decoder_crashed`. Bodies and results pass through pipes: 3 % of the time that an image takes (docs/images.md).
+`decoder_crashed`. Bodies and results pass through sockets: 3 % of the time that an image takes (docs/images.md).
 """
 
 import atexit
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import select
+import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from io import FileIO
 from queue import SimpleQueue
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipeline.reasons import Reason
 
 log = logging.getLogger(__name__)
 
-PIPE_BYTES = 2**20
+BUFFER_BYTES = 2**20
 START_TIMEOUT_S = 120
 WAIT_FACTOR = 6
 """How many times its processor time an image may take by the clock: a loaded machine is no reason to refuse it."""
@@ -129,31 +129,40 @@ class _HostLostError(Exception):
 
 
 class _Host:
-    """The host process and the pipes to its children."""
+    """The host process, and a socket to each of its children."""
 
     def __init__(self, number: int, config: ImageConfig) -> None:
-        self._wait_s = config.decode_timeout_s * WAIT_FACTOR
-        self._pipes: list[tuple[FileIO, FileIO]] = []
-        theirs: list[int] = []
+        self._children: list[socket.socket] = []
+        theirs: list[socket.socket] = []
+        # Blocking calls with the system's own time-out: polling first would cost another hand-over of the GIL.
+        longest = struct.pack("ll", config.decode_timeout_s * WAIT_FACTOR, 0)
         for _ in range(number):
-            request_end, request = os.pipe()
-            reply, reply_end = os.pipe()
-            for pipe in (request, reply):
-                with contextlib.suppress(OSError):  # as much as the system gives
-                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-            self._pipes.append((FileIO(request, "wb"), FileIO(reply, "rb")))
-            theirs += [request_end, reply_end]
-        command = [sys.executable, "-P", "-m", "pipeline.decoder_host", config.model_dump_json(), *map(str, theirs)]
+            ours, other = socket.socketpair()
+            for end in (ours, other):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, longest)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, longest)
+            self._children.append(ours)
+            theirs.append(other)
+        descriptors = [end.fileno() for end in theirs]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pipeline.decoder_host",
+            config.model_dump_json(),
+            *map(str, descriptors),
+        ]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            pass_fds=theirs,
+            pass_fds=descriptors,
             env=os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # Ctrl-C is for the one who waits for us
         )
         for end in theirs:
-            os.close(end)
+            end.close()
         assert self._process.stdout is not None
         is_up = _is_readable(self._process.stdout.fileno(), START_TIMEOUT_S)
         if not is_up or self._process.stdout.readline() != b"ready\n":
@@ -162,18 +171,18 @@ class _Host:
 
     def ask(self, slot: int, body: bytes, boxes: Boxes) -> tuple[dict[str, Any], bytes]:
         """Hand a body over and wait for what it comes to. Raises TimeoutError, and _HostLostError."""
-        request, reply = self._pipes[slot]
+        child = self._children[slot]
         try:
-            send(request, json.dumps(boxes).encode(), body)
-            if not _is_readable(reply.fileno(), self._wait_s):
-                raise TimeoutError
-            told, data = receive(reply)
+            send(child, json.dumps(boxes).encode(), body)
+            told, data = receive(child)
             return json.loads(told), data
-        except (EOFError, BrokenPipeError, ValueError):
+        except BlockingIOError:
+            raise TimeoutError from None
+        except (EOFError, OSError, ValueError):
             raise _HostLostError from None
 
     def close(self) -> None:
-        """End the host; its children end with it. The pipes stay open for threads that wait at their ends."""
+        """End the host; its children end with it, and threads that wait for them are told."""
         self._process.kill()
         self._process.wait()
         if self._process.stdout is not None:
