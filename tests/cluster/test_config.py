@@ -1,12 +1,13 @@
 """Configuration is checked before work starts, and says what is wrong."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import model_validator
 
-from cluster.config import REQUIRED, Config, StringList, flatten, help_text, key, parse
+from cluster.config import REQUIRED, Config, StringList, flatten, help_text, key, parse, validate
 from cluster.errors import RequestError
 
 
@@ -131,3 +132,37 @@ def test_help_shows_default_unit_and_choices() -> None:
 def test_setting_one_key_of_a_group_keeps_the_groups_own_defaults() -> None:
     assert parse(Example, ["input=a", "probe.retries=0"]).probe == Fetch(timeout_s=2.5, retries=0)
     assert "probe.timeout_s=2.5 s" in help_text(Example)
+
+
+class Engine(Config):
+    shorthand: ClassVar[str] = "kind"
+
+    kind: str = key("small", "name of an engine")
+    power: int = key(1, "horses")
+
+    @classmethod
+    def expand(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"power": 9, **values} if values.get("kind") == "large" else values
+
+
+class Car(Config):
+    engine: Engine = key(Engine(), "the engine")
+
+
+def test_a_word_given_for_a_group_goes_to_its_shorthand_and_single_keys_override_it(tmp_path: Path) -> None:
+    file = tmp_path / "car.yaml"
+    file.write_text("engine: large\n")
+    assert parse(Car, ["engine=large"]).engine.power == 9
+    assert parse(Car, ["engine.power=3", "engine=large"]).engine.power == 3
+    assert parse(Car, [str(file), "engine.power=4"]).engine == Engine(kind="large", power=4)
+    assert parse(Car, [str(file), "engine=small"]).engine == Engine()
+    again = parse(Car, [str(file)])
+    assert validate(Car, again.model_dump()) == again
+
+
+def test_a_group_without_a_shorthand_still_refuses_a_word() -> None:
+    class Garage(Config):
+        car: Car = key(Car(), "a car")
+
+    with pytest.raises(RequestError, match="car=red: this is a group of keys"):
+        parse(Garage, ["car=red"])
