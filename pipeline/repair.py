@@ -15,7 +15,7 @@ from typing import Any, Optional
 from pydantic import create_model
 
 from cluster.config import REQUIRED, Config, key, validate, walk_keys
-from cluster.errors import EXIT_DONE
+from cluster.errors import EXIT_DONE, RequestError
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.run import require_run
@@ -26,7 +26,7 @@ from pipeline.decide import DecideStage
 from pipeline.dedup import num_partitions
 from pipeline.fetch import FetchStage
 from pipeline.generations import record_markers, stage_name
-from pipeline.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pipeline.manifest import MANIFEST_FILE, SAMPLE_COLUMNS, Manifest, read_manifest
 from pipeline.pack import PackStage, cut_shards, more_columns
 from pipeline.publish import extend_manifest
 from pipeline.reasons import is_transient
@@ -66,6 +66,7 @@ def repair_command(config: Any) -> int:
     from pipeline.report import write_report
 
     store, manifest = read_manifest(config.dataset)
+    _refuse_other_columns(store, manifest)
     _, record = require_run(config.dataset, "build")
     settings = _settings(record["config"], config)
     journal = Journal(store)
@@ -80,6 +81,15 @@ def repair_command(config: Any) -> int:
     write_report(store)
     print_outcome(store, manifest, repaired)
     return EXIT_DONE
+
+
+def _refuse_other_columns(store: Store, manifest: Manifest) -> None:
+    """RequestError if further shards would have columns that those of the dataset have not."""
+    if missing := [name for name in SAMPLE_COLUMNS if name not in manifest.columns]:
+        raise RequestError(
+            f"{store.url}: its shards have no column {', '.join(missing)}: it was built by another version of pairmill; "
+            "repair it with that one"
+        )
 
 
 def _settings(stored: Mapping[str, Any], config: Any) -> BuildConfig:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import http.server
+import json
 import os
 import shutil
 import signal
@@ -322,6 +323,15 @@ def test_an_unfinished_build_is_refused(built: Path, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert "no finished dataset here" in error
     assert "pairmill build" in error
+
+
+def test_a_dataset_of_another_version_is_refused(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = built / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["columns"]["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert main(["repair", str(built)]) == 2
+    assert "no column sha256" in capsys.readouterr().err
 
 
 def start(folder: Path) -> "subprocess.Popen[bytes]":
