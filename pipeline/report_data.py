@@ -50,6 +50,8 @@ _COLUMNS = (
     "original_height",
     "width",
     "height",
+    "sharpness",
+    "is_animated",
 )
 
 

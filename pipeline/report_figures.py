@@ -15,19 +15,23 @@ Numbers = NDArray[np.float64]
 
 
 def histograms_html(sampled: Sampled) -> str:
-    """Sizes, aspect ratios, bytes and caption lengths of the sampled pairs that were kept."""
+    """Sizes, aspect ratios, bytes, caption lengths and sharpness of the sampled pairs that were kept."""
     kept = sampled.rows.filter(_is_kept(sampled))
     width, height = _numbers(kept.column("original_width")), _numbers(kept.column("original_height"))
     captions = np.array([len(text) for text in kept.column("caption").to_pylist()], np.float64)
     words = np.array([len(text.split()) for text in kept.column("caption").to_pylist()], np.float64)
+    sharpness = _numbers(kept.column("sharpness").drop_null())
     figures = [
         histogram("Original size", "pixels", [("width", width), ("height", height)]),
         histogram("Aspect ratio", "width / height", [("", width / height)], log=True),
         histogram("Size of the download", "KB", [("", _numbers(kept.column("size_bytes")) / 1000)], log=True),
         histogram("Caption length", "characters", [("", captions)]),
         histogram("Caption length", "words", [("", words)]),
+        histogram("Sharpness", "variance of the Laplacian", [("", sharpness)], log=True),
     ]
-    return f'<div class="figures">{"".join(figures)}</div>'
+    animated = sum(map(bool, kept.column("is_animated").to_pylist()))
+    note = f"<p>{animated:,} of them are the first frame of an animation.</p>" if animated else ""
+    return f'{note}<div class="figures">{"".join(figures)}</div>'
 
 
 def histogram(title: str, unit: str, series: Sequence[tuple[str, Numbers]], *, log: bool = False) -> str:
