@@ -69,6 +69,10 @@ class Turn:
 
     images_per_s: float
     images_per_cpu_s: float
+    worker_ms: float
+    """CPU time of an image in the processes that download and decode."""
+    other_ms: float
+    """CPU time of an image in all others: Ray's services, the driver, img2dataset's logger."""
     server_share: float
     """Of the two cores' time."""
     peak_rss_mib: float
@@ -137,14 +141,18 @@ class Bench:
         count = self.arguments.count
         assert result["num_kept"] == count, f"{client.name} kept {result['num_kept']} of {count} photos"
         start, end = result["start"], result["end"]
+        client_s, worker_s = meter.cpu_between(start, end), meter.worker_cpu_between(start, end)
         turn = Turn(
             images_per_s=count / (end - start),
-            images_per_cpu_s=count / meter.cpu_between(start, end),
+            images_per_cpu_s=count / client_s,
+            worker_ms=1e3 * worker_s / count,
+            other_ms=1e3 * (client_s - worker_s) / count,
             server_share=server.cpu_between(start, end) / (end - start) / NUM_CORES,
             peak_rss_mib=meter.peak_worker_bytes / 2**20,
         )
         print(
-            f"# {client.name}: {turn.images_per_s:.0f} images/s, {turn.images_per_cpu_s:.0f} per client CPU-second, "
+            f"# {client.name}: {turn.images_per_s:.0f} images/s, {turn.images_per_cpu_s:.0f} per client CPU-second "
+            f"({turn.worker_ms:.2f} ms in workers, {turn.other_ms:.2f} ms in others), "
             f"server {turn.server_share:.0%} of the cores, {turn.peak_rss_mib:.0f} MiB",
             flush=True,
         )

@@ -26,6 +26,7 @@ class TreeMeter:
     """What the command line of a worker holds; "" measures no memory."""
     times: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
+    worker_cpu_s: list[float] = field(default_factory=list)
     peak_worker_bytes: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -40,32 +41,43 @@ class TreeMeter:
 
     def cpu_between(self, start: float, end: float) -> float:
         """CPU seconds of the whole tree between two moments of `time.time()`."""
-        return self._cpu_at(end) - self._cpu_at(start)
+        return self._at(end, self.cpu_s) - self._at(start, self.cpu_s)
 
-    def _cpu_at(self, moment: float) -> float:
+    def worker_cpu_between(self, start: float, end: float) -> float:
+        """The part of it that workers used."""
+        return self._at(end, self.worker_cpu_s) - self._at(start, self.worker_cpu_s)
+
+    def _at(self, moment: float, used_s: list[float]) -> float:
         index = min(max(1, bisect_right(self.times, moment)), len(self.times) - 1)
         before, after = self.times[index - 1], self.times[index]
         share = min(1.0, max(0.0, (moment - before) / (after - before)))
-        return self.cpu_s[index - 1] + share * (self.cpu_s[index] - self.cpu_s[index - 1])
+        return used_s[index - 1] + share * (used_s[index] - used_s[index - 1])
 
     def _run(self) -> None:
         used: dict[int, float] = {}
+        is_worker: dict[int, bool] = {}
         while not self._stop.is_set():
             processes = _tree(self.pid)
             for process in processes:
                 with contextlib.suppress(psutil.Error):  # it has just ended: what it used stays counted
                     times = process.cpu_times()
                     used[process.pid] = times.user + times.system
+                    if not is_worker.get(process.pid):  # Ray names its workers when their work begins
+                        is_worker[process.pid] = self._is_worker(process) or is_worker.get(process.ppid(), False)
             self.times.append(time.time())
             self.cpu_s.append(sum(used.values()))
+            self.worker_cpu_s.append(sum(seconds for pid, seconds in used.items() if is_worker.get(pid)))
             if self.worker and len(self.times) % MEMORY_EVERY == 0:
                 self._measure_workers(processes)
             self._stop.wait(INTERVAL_S)
 
+    def _is_worker(self, process: psutil.Process) -> bool:
+        return bool(self.worker) and self.worker in " ".join(process.cmdline())
+
     def _measure_workers(self, processes: list[psutil.Process]) -> None:
         for process in processes:
             with contextlib.suppress(psutil.Error):
-                if self.worker in " ".join(process.cmdline()):
+                if self._is_worker(process):
                     size = sum(_proportional_bytes(member) for member in _tree(process.pid))
                     self.peak_worker_bytes = max(self.peak_worker_bytes, size)
 
