@@ -71,7 +71,7 @@ def _edges(values: Numbers, log: bool) -> Numbers:
 
 
 def _plain_number(value: float, place: int | None) -> str:
-    return f"{value:,.4g}"
+    return f"{value:,.0f}" if value >= 1_000 else f"{value:.4g}"
 
 
 def _one_two_five(value: float, place: int | None) -> str:
