@@ -50,6 +50,7 @@ def _run(command: str, words: Sequence[str]) -> int:
 def train_command(words: Sequence[str]) -> int:
     """`pairmill train`."""
     from training.config import TrainConfig
+    from training.methods import METHODS
     from training.recipe import find_recipe, recipe_names
 
     if _wants_help(words):
@@ -67,7 +68,8 @@ def train_command(words: Sequence[str]) -> int:
         state = "was already done" if result.already_done else f"done in {time.monotonic() - started:.1f} s"
         print(f"train {config.method}: {result.plan.num_steps} steps {state}")
         print(f"run: {result.store.url}")
-        print(f"next: pairmill eval checkpoint={result.store.url}; pairmill report {result.store.url}")
+        evaluate = f"pairmill eval checkpoint={result.store.url}; " if METHODS[config.method].has_text_features() else ""
+        print(f"next: {evaluate}pairmill report {result.store.url}")
     return EXIT_DONE
 
 

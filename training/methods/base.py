@@ -144,6 +144,11 @@ class Method(nn.Module, ABC):
         """Return whether a run on data without captions is to be refused."""
         return True
 
+    @classmethod
+    def has_text_features(cls) -> bool:
+        """Return whether the method has an `encode_text` of its own."""
+        return cls.encode_text is not Method.encode_text
+
     def borrowed_parts(self) -> Sequence[str]:
         """Return the parts that make sense only with weights of another run: `init` has to load them."""
         return ()
