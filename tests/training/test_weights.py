@@ -200,7 +200,7 @@ def trained(clip_run: Path) -> TrainedModel:
     return load_model(str(clip_run))
 
 
-def export(run: Path, dialect: str, output: Path) -> Path:
+def export(run: Path, dialect: str, output: Path | str) -> Path | str:
     run_export(parse(ExportConfig, [f"checkpoint={run}", f"format={dialect}", f"output={output}"]))
     return output
 
@@ -279,8 +279,16 @@ def test_transformers_prepares_pictures_as_evaluation_does(libraries: Any, clip_
     assert (theirs - evaluation_view(torch.from_numpy(picture)[None], SIDE)).abs().mean() < 0.06
 
 
+def test_an_export_goes_to_an_object_store_and_comes_back(clip_run: Path, trained: TrainedModel) -> None:
+    export(clip_run, "pairmill", "memory://exported/clip")
+    read = read_weights("memory://exported/clip", trained.config.model)
+    assert torch.equal(read["image.norm.weight"], trained.method.state_dict()["towers.image.norm.weight"])
+    one_file = read_weights("memory://exported/clip/model.safetensors", trained.config.model)
+    assert one_file.keys() == read.keys()
+
+
 def test_an_export_with_our_names_is_read_again(clip_run: Path, trained: TrainedModel, tmp_path: Path) -> None:
-    folder = export(clip_run, "pairmill", tmp_path / "out")
+    folder = Path(export(clip_run, "pairmill", tmp_path / "out"))
     stored = load_file(folder / "model.safetensors")
     read = read_weights(str(folder), trained.config.model)
     assert read.keys() == stored.keys()
@@ -341,6 +349,10 @@ def test_files_that_do_not_fit_are_refused_with_the_names(libraries: Any, tmp_pa
             filled(tmp_path / f"{name}.safetensors", config, "image")
     with pytest.raises(RequestError, match="no such file"):
         read_weights(str(tmp_path / "nothing.pt"), fits)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("")
+    with pytest.raises(RequestError, match=r"none of model.safetensors, .* in this folder"):
+        read_weights(str(tmp_path / "empty"), fits)
     (tmp_path / "page.pt").write_bytes(b"<html>404</html>")
     with pytest.raises(RequestError, match="not readable as plain weights"):
         read_weights(str(tmp_path / "page.pt"), fits)

@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cluster.errors import RequestError
+from cluster.store import Store
+from training.checkpoint import local_copy
 from training.models.config import ModelConfig
 from training.weights.convert import Weights, from_theirs, names_of
 from training.weights.names import Dialect
@@ -23,33 +24,35 @@ SHOWN = 6
 def read_file(path: str) -> Weights:
     """Return the tensors of a .safetensors, .pt, .pth or .bin file, or of the one in a folder, by their names there.
 
-    Files of torch are read without running code from them. Raises RequestError when there is nothing to read.
+    path: local or a URL. Files of torch are read without running code from them. Raises RequestError when there is
+    nothing to read.
     """
-    file = _file(path)
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    with local_copy(*_find(path)) as file:
+        try:
+            if file.suffix == ".safetensors":
+                from safetensors.torch import load_file
 
-            return load_file(file)
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RequestError(f"init.weights={path}: no such file") from None
-    except Exception as error:  # torch, pickle, zip and safetensors each have their own
-        said = " ".join(str(error).split())[:200]
-        raise RequestError(f"init.weights={path}: not readable as plain weights: {said}") from error
+                return load_file(file)
+            loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch, pickle, zip and safetensors each have their own
+            said = " ".join(str(error).split())[:200]
+            raise RequestError(f"init.weights={path}: not readable as plain weights: {said}") from error
     return _unwrapped(loaded, path)
 
 
-def _file(path: str) -> Path:
-    file = Path(path)
-    if file.is_dir():
-        for name in WEIGHT_FILES:
-            if (file / name).is_file():
-                return file / name
+def _find(path: str) -> tuple[Store, str]:
+    """The folder and the name of a file of weights."""
+    folder = Store(path)
+    for name in WEIGHT_FILES:
+        if folder.exists(name):
+            return folder, name
+    parent, _, name = path.rstrip("/").rpartition("/")
+    store = Store(parent or ("/" if path.startswith("/") else "."))
+    if any(entry.path.startswith(f"{name}/") for entry in store.find(name)):
         raise RequestError(f"init.weights={path}: none of {', '.join(WEIGHT_FILES)} in this folder")
-    if not file.is_file():
+    if not store.exists(name):
         raise RequestError(f"init.weights={path}: no such file")
-    return file
+    return store, name
 
 
 def _unwrapped(loaded: Any, path: str) -> Weights:
