@@ -3,7 +3,7 @@
 Every body comes from strangers, and image libraries have had memory errors in every format, JPEG included, so all of
 it happens there. A host process imports the decoders once and forks one child a thread; see `pipeline.decoder_host`.
 A child that dies while it decodes is forked anew in milliseconds, and the image it died of is refused with
-`decoder_crashed`. Bodies and results pass through sockets: 3 % of the time that an image takes (docs/images.md).
+`decoder_crashed`. Bodies and results pass through sockets (docs/images.md: what that costs).
 """
 
 import atexit
