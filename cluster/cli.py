@@ -24,7 +24,7 @@ OWNERS = {
     "train": ("training", "train a model on a dataset"),
     "eval": ("training", "zero-shot classification and retrieval of a trained model"),
     "export": ("training", "a trained model's weights for timm, open_clip, transformers or MAE's scripts"),
-    "submit": ("", "send build, train or eval to a cluster as a Ray job and follow it"),
+    "submit": ("", "send build, repair, train or eval to a cluster as a Ray job and follow it"),
     "status": ("", "how far a run is"),
     "doctor": ("", "check this machine: packages, versions, Ray, disk"),
 }

@@ -18,10 +18,10 @@ from typing import Any
 from cluster.config import load_yaml
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, RequestError, RunError
 
-SUBMITTABLE = ("build", "train", "eval")
+SUBMITTABLE = ("build", "repair", "train", "eval")
 POLL_INTERVAL_S = 1.0
 AGENT_PATIENCE_S = 30.0
-HELP = """usage: pairmill submit build|train|eval [CONFIG.yaml] [dotted.key=value ...] --address URL [options]
+HELP = """usage: pairmill submit build|repair|train|eval [CONFIG.yaml] [dotted.key=value ...] --address URL [options]
 
   --address URL   the cluster's dashboard, such as http://127.0.0.1:8265; default $RAY_API_SERVER_ADDRESS or
                   $RAY_ADDRESS

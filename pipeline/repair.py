@@ -87,7 +87,7 @@ def _refuse_other_columns(store: Store, manifest: Manifest) -> None:
     """RequestError if further shards would have columns that those of the dataset have not."""
     if missing := [name for name in SAMPLE_COLUMNS if name not in manifest.columns]:
         raise RequestError(
-            f"{store.url}: its shards have no column {', '.join(missing)}: it was built by another version of pairmill; "
+            f"{store.url}: its shards have no column {', '.join(missing)}: another version of pairmill has built it; "
             "repair it with that one"
         )
 
