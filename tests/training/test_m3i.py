@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
 def model(**vision: Any) -> ModelConfig:
     sizes = {"width": 16, "depth": 1, "heads": 2, "image_size": 16, "patch_size": 4}
     text = {"width": 16, "depth": 1, "heads": 2, "context_length": 16}
-    if vision.get("size"):
+    if vision.keys() & {"size", "timm"}:
         sizes = {}
     return ModelConfig.model_validate({"vision": sizes | vision, "text": text, "embed_dim": 8})
 
@@ -224,7 +224,7 @@ def test_categories_are_of_both_pictures_of_an_input() -> None:
     assert method.readout is not None
     total, count = 0.0, 0
     for reading in views.readings:
-        logits = method.category(method.readout(reading.pick(tokens)))
+        logits = method.category(method.readout(reading.pick(tokens))).detach()
         for row in range(6):
             picture = row if reading.picture is None else int(reading.picture[row])
             if LABELS[picture] >= 0:
@@ -267,6 +267,7 @@ def test_the_momentum_encoder_is_a_copy_that_follows() -> None:
         ({"mix_patch": 16}, "m3i.mix_patch=16"),
         ({"mix_group": 4}, "m3i.mix_group=4: does not divide the 6 samples"),
         ({"vision": {"pooling": "map"}}, "model.vision.pooling=map"),
+        ({"vision": {"timm": "resnet18"}}, "model.vision.timm=resnet18: m3i reads patches"),
     ],
 )
 def test_a_request_that_cannot_work_is_refused(keys: dict[str, Any], message: str) -> None:
@@ -290,4 +291,22 @@ def test_what_is_shown_is_the_mix_and_its_mask() -> None:
     pictures = shown.pictures
     white = pictures["mask"] == 255
     assert torch.equal(torch.where(white, pictures["target view"], pictures["second picture"]), pictures["input"])
-    assert list(build(form="mim_pixel").show(batch()).pictures) == ["target view", "mask", "input"]  # type: ignore[union-attr]
+    assert shown.captions["category"] == ["animal", "plant", "thing", "", "", "animal"]
+
+
+def test_predicted_pixels_are_shown() -> None:
+    method = build(form="auto_encoder", predictor=PREDICTOR | {"width": 64})
+    before = method.show(batch())
+    train(method, num_steps=120)
+    after = method.show(batch())
+    assert before is not None
+    assert after is not None
+    assert list(after.pictures) == ["target view", "prediction"]
+
+    def error(pictures: dict[str, Tensor]) -> float:
+        return (pictures["prediction"].float() - pictures["target view"].float()).abs().mean().item()
+
+    assert error(after.pictures) < 0.6 * error(before.pictures)
+    assert list(build(form="siamese_pixel").show(batch()).pictures) == [  # type: ignore[union-attr]
+        "target view", "other view", "mask", "input", "prediction"
+    ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from cluster.errors import RequestError
 from training import random
 from training.data.tokenizer import Tokenizer
 from training.data.transforms import evaluation_view
@@ -20,13 +21,13 @@ from training.losses.classification import classification
 from training.losses.distributed import Gathered, LossSum, gather
 from training.losses.feature_prediction import feature_prediction, outer_products, plain_norm
 from training.losses.info_nce import info_nce
-from training.losses.pixels import normalised_patches, patchify
+from training.losses.pixels import denormalised_patches, normalised_patches, patchify, unpatchify
 from training.losses.similarity import scale, unit
 from training.methods.base import Batch, Embedded, Method, Output, Shown, Sums, combine, mean_of
 from training.methods.m3i_balance import Balance
 from training.methods.m3i_forms import M3iConfig
 from training.methods.m3i_views import Reading, Views, look, show_views
-from training.methods.views import captions_cut, read_captions, refuse_trained_pooling
+from training.methods.views import captions_cut, read_captions, refuse_trained_pooling, to_pictures
 from training.models.blocks import take_tokens
 from training.models.config import ModelConfig
 from training.models.encoders import Encoders
@@ -64,6 +65,7 @@ class M3i(Method):
         self.patch_size = self.image_size // self.grid
         self.readout = Pooling("map", width, max(1, width // HEAD_WIDTH)) if config.has_text or has_category else None
         self.category = nn.Linear(width, len(classes)) if has_category else None
+        self.classes = tuple(classes)
         self.predictor, self.target = None, None
         if self.form is not None:
             values = 3 * self.patch_size**2 if self.form.target == "pixels" else width
@@ -81,6 +83,11 @@ class M3i(Method):
         """Raise RequestError for a request that cannot work."""
         config.refuse_unfit(model.vision.image_size, part_size=part_size, has_labels=has_labels)
         refuse_trained_pooling(cls.name, model.vision, "model.vision")
+        if model.vision.kind == "timm":
+            raise RequestError(
+                f"model.vision.timm={model.vision.timm}: m3i reads patches and would leave the model's own pooling "
+                "untrained; use a ViT or an InternImage"
+            )
 
     @classmethod
     def needs_captions(cls, config: Any) -> bool:
@@ -283,9 +290,21 @@ class M3i(Method):
         return self._embed_text(captions) if self.config.has_text else super().encode_text(captions)
 
     def show(self, batch: Batch) -> Shown | None:
-        """Return the views and the inputs that are made of them; a few pictures are all each other's partners."""
+        """Return the views and the inputs that are made of them; a few pictures are all each other's partners.
+
+        With a pixel target the prediction as well, each patch lent the true one's mean and deviation.
+        """
         config = self.config.model_copy(update={"mix_group": len(batch.captions)})
-        return show_views(self.views(batch, config), batch.captions)
+        views = self.views(batch, config)
+        pictures, captions = show_views(views), {"caption": batch.captions}
+        if self.category is not None:
+            captions["category"] = [self.classes[i] if i >= 0 else "" for i in _labels(batch).tolist()]
+        if self.form is not None and self.form.target == "pixels":
+            predicted_BNK = self.predict(self.encode(views), views, views.readings[0])
+            truth_BNK = patchify(views.target, self.patch_size)
+            made_BCSS = unpatchify(denormalised_patches(predicted_BNK, truth_BNK), self.patch_size)
+            pictures["prediction"] = to_pictures(made_BCSS)
+        return Shown(pictures=pictures, captions=captions)
 
 
 def _correlation(everyone: Mapping[str, Gathered]) -> Tensor | None:

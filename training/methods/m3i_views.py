@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from training.data.transforms import normalise, resample, view_boxes
-from training.methods.base import Batch, Shown
+from training.methods.base import Batch
 from training.methods.m3i_forms import M3iConfig
 from training.methods.m3i_mix import enlarge, hidden_cells, mix, partners, seen_features
 from training.methods.views import to_pictures
@@ -125,7 +125,7 @@ def look(batch: Batch, config: M3iConfig, *, side: int, grid: int, drops_patches
     )
 
 
-def show_views(views: Views, captions: list[str]) -> Shown:
+def show_views(views: Views) -> dict[str, Tensor]:
     """The views, the mask (white where the first picture is shown), and the inputs."""
     pictures = {"target view": to_pictures(views.target)}
     if views.other is not views.target:
@@ -140,7 +140,7 @@ def show_views(views: Views, captions: list[str]) -> Shown:
             input_BCSS = mix(input_BCSS, torch.zeros_like(input_BCSS), views.hidden)
         pictures["mask"] = white_BSS[..., None].expand(-1, -1, -1, 3)
         pictures["input"] = to_pictures(input_BCSS)
-    return Shown(pictures=pictures, captions={"caption": captions})
+    return pictures
 
 
 @torch.no_grad()
