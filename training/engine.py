@@ -240,7 +240,8 @@ def adamw(method: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: not to norms, biases, temperatures, single tokens and tables of positions."""
-    return parameter.ndim >= 2 and "position" not in name.rpartition(".")[2]
+    last = name.rpartition(".")[2]
+    return parameter.ndim >= 2 and "position" not in last and last not in ("pos_embed", "cls_token")  # timm's names
 
 
 def checkpoint_activations(method: nn.Module, enabled: bool) -> None:

@@ -63,6 +63,16 @@ def test_a_run_with_a_timm_encoder_trains_and_is_exported_to_timm(
         torch.testing.assert_close(theirs(pixels), image.pool(image(pixels)), rtol=1e-4, atol=1e-5)
 
 
+def test_decay_spares_what_timm_would_spare(timm: Any) -> None:
+    from training.engine import decays
+
+    encoder = build_image_encoder(VisionConfig(timm="vit_tiny_patch16_224", image_size=32))
+    model: Any = encoder.model
+    spared = {name for name, parameter in model.named_parameters() if not decays(name, parameter)}
+    one_dimensional = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+    assert spared == one_dimensional | (model.no_weight_decay() & dict(model.named_parameters()).keys())
+
+
 def test_an_unknown_model_is_refused_with_near_names(train_tiny: Callable[..., TrainResult], tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"model.vision.timm=resnet81: .* near: resnet"):
         train_tiny(tmp_path / "run", *WORDS, "model.vision.timm=resnet81")
