@@ -1,4 +1,4 @@
-"""Training goes on from other weights: parts are taken, frozen ones stay bit for bit, and what does not fit is named."""
+"""Training goes on from other weights: parts are taken, frozen ones keep every bit, and what does not fit is named."""
 
 import shutil
 from collections.abc import Callable
