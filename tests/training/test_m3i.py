@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import RequestError
+from training.accumulation import accumulate
 from training.data.tokenizer import Tokenizer
 from training.losses.distributed import gather
 from training.losses.feature_prediction import plain_norm
@@ -241,6 +242,23 @@ def test_a_batch_without_labels_or_captions_still_takes_every_branch(labels: Ten
     output.loss.backward()
     assert output.losses["text"].item() == 0
     assert [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_gradient_norms_for_the_balance_are_those_of_the_whole_batch() -> None:
+    whole, in_parts = build(balance=True), build(balance=True)
+    whole(batch()).loss.backward()
+
+    def backward(loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    accumulate(in_parts, batch(), 3, in_parts, backward)
+    for method in (whole, in_parts):
+        method.after_gradients()
+    assert whole.balance is not None
+    assert in_parts.balance is not None
+    assert (whole.balance.norms > 0).all()
+    torch.testing.assert_close(in_parts.balance.norms, whole.balance.norms, **CLOSE)
+    assert in_parts.weights(1) == pytest.approx(whole.weights(1), rel=1e-4)
 
 
 def test_the_momentum_encoder_is_a_copy_that_follows() -> None:
