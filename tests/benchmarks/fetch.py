@@ -37,7 +37,7 @@ NUM_CORES = 2
 CODEC_PHOTOS = 100
 CODEC_SECONDS = 2.0
 CLIENT_TIMEOUT_S = 240
-PEER_THREADS = {"http": 32, "https": 32}
+PEER_THREADS = {"http": 16, "https": 32}
 """img2dataset's thread_count, tuned on this benchmark; docs/benchmarks.md has the rates of others."""
 
 
