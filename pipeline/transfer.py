@@ -111,8 +111,13 @@ class Transfer:
     def redirect(self) -> str | None:
         """Where the answer sends us, not yet checked."""
         location = self._answer.headers.get("location") if 300 <= (self._answer.status or 0) < 400 else None
+        if not location:
+            return None
         assert self.job is not None
-        return urljoin(self.job.url, location[-1]) if location else None
+        try:
+            return urljoin(self.job.url, location[-1])
+        except ValueError:  # such as http://[: the check will say what is wrong with it
+            return location[-1]
 
     @property
     def retry_after_s(self) -> float | None:

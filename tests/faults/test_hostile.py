@@ -81,6 +81,7 @@ PAGES: dict[str, str | None] = {
     f"raw/{(head('200 OK', 'Content-Length: 5', 'Content-Length: 2') + b'ab').hex()}": "bad_response",
     f"raw/{(head('200 OK', 'Transfer-Encoding: chunked') + b'zz').hex()}": "bad_response",
     f"raw/{whole(picture('folded'), 'X-A: b', ' folded: c', ': nameless', 'X-Null: a' + chr(0)).hex()}": "bad_response",
+    f"raw/{whole(b'', 'Retry-After: Sun, 01 Mar ' + '9' * 30 + ' 12:00:00 GMT', status='503 Later').hex()}": "http_503",
     "raw/": "connection_failed",
 }
 """Path -> reason, None for pictures that are kept; each on a host of its own."""
@@ -100,6 +101,9 @@ TARGETS: dict[str, str] = {
     "gopher://127.0.0.1/": "unsupported_scheme",
     "http://a\x01b/": "invalid_url",
     "http://a b/": "invalid_url",
+    "http://[::1/": "invalid_url",
+    "//[": "invalid_url",
+    "http://a\N{ACCOUNT OF}b.example/": "invalid_url",
 }
 """Where redirects lead -> reason."""
 

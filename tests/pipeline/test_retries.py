@@ -38,6 +38,9 @@ def test_waits_double_and_differ_by_url_but_not_by_moment() -> None:
         ("soon", None),
         ("", None),
         ("1e3", None),
+        ("9" * 400, float("inf")),
+        ("Sun, 01 Mar 99999999999999999999 12:00:00 GMT", None),
+        ("Sun, 01 Mar 2026 12:00:00 +99999999999999", None),
     ],
 )
 def test_retry_after_is_read_as_seconds_and_as_a_date(value: str, seconds: float | None) -> None:
