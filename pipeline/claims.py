@@ -74,4 +74,6 @@ def _is_box(box: Any) -> bool:
         and len(box) == 4
         and all(isinstance(number, int | float) and math.isfinite(number) for number in box)
         and all(1 - FARTHEST <= number <= FARTHEST for number in box)
+        and box[0] <= box[2]  # [x, y, width, height] and the like: nothing would be blurred
+        and box[1] <= box[3]
     )

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from pipeline.decode_rare import decode_with_pillow, flatten, webp_header
+from pipeline.decode_rare import decode_with_pillow, flatten, read_header
 from pipeline.orientation import exif_orientation, jpeg_orientation, swaps_sides, webp_orientation
 from pipeline.picture import Decoded, ImageError, check_pixels
 from pipeline.reasons import Reason
@@ -83,11 +83,11 @@ def _decode_jpeg(body: bytes, max_pixels: int, needed: Needed | None) -> Decoded
     except ValueError as error:
         if re.search("premature|no jpeg data|end of", str(error), re.IGNORECASE) or b"\xff\xd9" not in body:
             raise ImageError(Reason.TRUNCATED_IMAGE, str(error)) from None
+        check_pixels(*read_header(body, "jpeg")[:2], max_pixels)  # it may be the header that was not understood
         pixels = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if pixels is None:
             raise ImageError(Reason.UNDECODABLE_IMAGE, str(error)) from None
         height, width = pixels.shape[:2]
-        check_pixels(width, height, max_pixels)
         orientation = jpeg_orientation(body)
     return Decoded(pixels=pixels, width=width, height=height, orientation=orientation)
 
@@ -151,7 +151,7 @@ def _png_chunks(body: bytes) -> dict[bytes, slice]:
 def _decode_webp(body: bytes, max_pixels: int) -> Decoded:
     if len(body) < 20 or struct.unpack_from("<I", body, 4)[0] + 8 > len(body):
         raise ImageError(Reason.TRUNCATED_IMAGE, "shorter than its RIFF header says")
-    width, height, is_animated = webp_header(body)
+    width, height, is_animated = read_header(body, "webp")
     check_pixels(width, height, max_pixels)
     raw = None if is_animated else cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_UNCHANGED)
     if raw is None:

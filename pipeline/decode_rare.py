@@ -28,7 +28,7 @@ def decode_with_pillow(body: bytes, source_format: str, max_pixels: int) -> Deco
             is_animated = source_format in ANIMATED and bool(getattr(image, "is_animated", False))
             image.seek(0)
             image.load()
-            orientation = int(image.getexif().get(ORIENTATION, 1) or 1)
+            orientation = _orientation(image)
             is_plain = image.mode in ("1", "L", "P", "RGB") and "transparency" not in image.info
             pixels = flatten(_as_array(image))
     except OSError as error:
@@ -46,10 +46,19 @@ def decode_with_pillow(body: bytes, source_format: str, max_pixels: int) -> Deco
     )
 
 
-def webp_header(body: bytes) -> tuple[int, int, bool]:
-    """Width, height, and whether there are several frames."""
-    with Image.open(io.BytesIO(body), formats=["WEBP"]) as image:
+def read_header(body: bytes, source_format: str) -> tuple[int, int, bool]:
+    """Width, height, and whether there are several frames. Raises OSError where there is none to read."""
+    with Image.open(io.BytesIO(body), formats=[source_format.upper()]) as image:
         return *image.size, bool(getattr(image, "is_animated", False))
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1 (upright) where damaged metadata do not tell, which is no reason to lose the image."""
+    try:
+        value = int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow's parser raises SyntaxError, struct.error, TypeError, ...
+        return 1
+    return value if 1 <= value <= 8 else 1
 
 
 def flatten(raw: NDArray[Any]) -> Pixels:

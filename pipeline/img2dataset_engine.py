@@ -181,7 +181,10 @@ def _dropped(reason: str, detail: str, attempts: int) -> Outcome:
 def _download(wanted: Sequence[Wanted], keeper: _Keeper, *, has_boxes: bool) -> None:
     """Run img2dataset's downloader on one shard made of these rows."""
     downloader_class, resizer_class, blurrer_class = _img2dataset()
-    keeper.resizer = resizer_class(**resizer_options(keeper.image), blurrer=blurrer_class() if has_boxes else None)
+    options = resizer_options(keeper.image)
+    if has_boxes:  # else it stores images that need no resizing as they came, unblurred
+        options["skip_reencode"] = False
+    keeper.resizer = resizer_class(**options, blurrer=blurrer_class() if has_boxes else None)
     rows, urls, boxes = zip(*wanted, strict=True)
     columns: dict[str, pa.Array] = {"url": pa.array(urls), "row": pa.array(rows)}
     if has_boxes:
@@ -243,7 +246,7 @@ def _measures(data: bytes) -> Outcome:
 
 @cache
 def _img2dataset() -> tuple[Any, Any, Any]:
-    """Its Downloader, Resizer and blurrer. Imported late: they bring albumentations, wandb and, by webdataset, torch."""
+    """Its Downloader, Resizer and blurrer. Imported late: they bring albumentations, wandb and torch."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else albumentations asks the network for a newer version
     from img2dataset.blurrer import BoundingBoxBlurrer
     from img2dataset.downloader import Downloader

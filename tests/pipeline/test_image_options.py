@@ -203,6 +203,18 @@ def test_orientation_is_applied_in_rare_formats_too(format: str, orientation: in
     assert np.abs(shown(result.data)[:, :, ::-1].astype(int) - upright).mean() < 6
 
 
+@pytest.mark.parametrize(
+    "exif",
+    [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\2\0\0\0a\0\0\0\0\0\0\0"],  # no TIFF; orientation "a"
+)
+def test_damaged_metadata_do_not_cost_the_image(exif: bytes) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    palette = encoded(frames[0].quantize(2), "PNG", exif=exif)
+    animated = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], exif=exif)
+    for body in (palette, animated):
+        assert process(body, ImageConfig(resize="no")).width == 8
+
+
 def test_printing_colours_are_those_that_pillow_shows() -> None:
     inks = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # magenta and yellow: red
     for body in (encoded(inks, "JPEG", quality=95), encoded(inks, "TIFF")):
@@ -259,7 +271,11 @@ def test_boxes_come_as_lists_or_as_their_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["[[0, 0, 1]]", "no", '{"a": 1}', "[[0, 0, 1, null]]", "[[10, 20, 300, 400]]", "[[0, 0, NaN, 1]]"]
+    "value",
+    [
+        *("[[0, 0, 1]]", "no", '{"a": 1}', "[[0, 0, 1, null]]", "[[10, 20, 300, 400]]", "[[0, 0, NaN, 1]]"),
+        "[[0.6, 0.1, 0.2, 0.3]]",  # x, y, width, height
+    ],
 )
 def test_an_image_whose_boxes_cannot_be_read_is_refused_rather_than_left_unblurred(value: str) -> None:
     with pytest.raises(ImageError) as refusal:

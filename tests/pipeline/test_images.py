@@ -152,6 +152,14 @@ def test_pixel_bombs_are_refused_by_their_header() -> None:
         assert refusal(encode(scene(), format), ImageConfig(max_pixels=6_000)) is Reason.TOO_MANY_PIXELS
 
 
+def test_pixel_bombs_with_a_header_that_is_not_understood_are_refused_too() -> None:
+    bomb = bytearray(encode(scene(), "JPEG", subsampling="4:4:4"))
+    start = bomb.index(b"\xff\xc0")
+    bomb[start + 5 : start + 9] = struct.pack(">HH", 60_000, 60_000)
+    bomb[start + 11] = 0x31  # three samples across for one of the others: simplejpeg has no name for it
+    assert refusal(bytes(bomb)) is Reason.TOO_MANY_PIXELS
+
+
 def test_enlarging_a_thin_image_cannot_exceed_the_pixel_limit() -> None:
     thin = encode(Image.new("RGB", (20_000, 1)), "PNG")
     config = ImageConfig(only_if_bigger=False, max_pixels=1_000_000)

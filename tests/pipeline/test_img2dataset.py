@@ -150,6 +150,9 @@ def test_the_engine_checks_hashes_and_blurs_boxes(tmp_path: Path, port: int) -> 
     changed = np.abs(pixels(rows["b"]) - pixels(known["b"]))
     assert changed[inside].mean() > 1
     assert changed[corner].mean() < 1
+    as_they_came = ("image.size=4096", "image.encode=keep")  # none is resized
+    rows = {row["caption"]: row for row in fetch(tmp_path / "kept", urls, *words, *ENGINE, *as_they_came).values()}
+    assert hashlib.sha256(rows["b"]["data"]).hexdigest() != rows["b"]["sha256"]
 
 
 @pytest.mark.parametrize(
