@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -141,6 +142,7 @@ class Checkpoints:
         self._store, self._rank, self._num_ranks, self._keep = store, rank, num_ranks, keep
         self._publishing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._ended = threading.Event()
         self.damaged: list[tuple[int, str]] = []
         """Checkpoints that `load_newest` passed over on this rank (rank 0 alone looks): step and damaged file."""
 
@@ -150,8 +152,11 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self.wait()
-        elif self._publishing:  # what was saved before a failure is worth a moment, and its own failure no word
-            concurrent.futures.wait([self._publishing], timeout=GRACE_S)
+        elif self._publishing:  # what was saved before a failure is worth a moment
+            done, _ = concurrent.futures.wait([self._publishing], timeout=GRACE_S)
+            if error := self._publishing.exception() if done else f"not done within {GRACE_S:g} s":
+                logger.warning("the newest checkpoint was not published: %s", error)
+        self._ended.set()  # a rank that is gone brings no part, and the process cannot end before its threads
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def save(self, engine: Engine, *, samples_seen: int, files: dict[str, bytes]) -> None:
@@ -185,9 +190,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until what was saved is published. Raises what went wrong with it."""
-        publishing, self._publishing = self._publishing, None
-        if publishing:
-            publishing.result()
+        if self._publishing:
+            self._publishing.result()
+        self._publishing = None
 
     def load_newest(self, engine: Engine) -> int:
         """Take over the newest valid checkpoint, if there is one; returns the number of steps it has behind it.
@@ -254,12 +259,11 @@ class Checkpoints:
             try:
                 return [FileInfo(**file) for file in json.loads(self._store.read_bytes(path))]
             except FileNotFoundError:
-                if time.monotonic() > deadline:
+                if self._ended.wait(POLL_S) or time.monotonic() > deadline:
                     raise RunError(
                         f"{self._store.url_of(path)}: a rank has not brought its part of the checkpoint to the store "
                         f"within {PARTS_PATIENCE_S / 60:.0f} minutes; run the same command again"
                     ) from None
-                time.sleep(POLL_S)
 
     def _prune(self, newest_step: int) -> None:
         """Remove all but the newest `keep`: the marker first, so that half a checkpoint is never believed.

@@ -1,5 +1,6 @@
 """Checkpoints: only whole ones are believed, the newest are kept, and they live on any store."""
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from cluster.config import parse
+from cluster.errors import RunError
 from cluster.store import Store
-from training import launch, trainer
-from training.checkpoint import newest_valid, published
+from training import checkpoint, launch, trainer
+from training.checkpoint import CheckpointInfo, Checkpoints, newest_valid, published
 from training.command import RESULT_FILE, TrainResult, run_train
 from training.config import TrainConfig
 from training.launch import single_group
@@ -155,6 +157,21 @@ def test_run_on_an_object_store_resumes_and_gives_the_same(
     train_tiny(url)
     assert [line["loss"] for line in read_lines(store)] == lines
     assert any(entry.path.startswith("tensorboard/") for entry in store.find())
+
+
+def test_a_failed_run_does_not_wait_for_parts_that_nobody_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoint, "GRACE_S", 0.1)
+    info = CheckpointInfo(step=3, num_ranks=2, zero_stage=2, samples_seen=48, files=())
+    first = Checkpoints(Store(str(tmp_path)), rank=0, num_ranks=2, keep=1)
+    publishing = first._thread.submit(first._publish, info, tmp_path / "files", contextlib.ExitStack())
+    first._publishing = publishing
+    with pytest.raises(ZeroDivisionError), first:
+        raise ZeroDivisionError
+    with pytest.raises(RunError, match=r"files-00001.json: a rank has not brought its part"):
+        publishing.result(timeout=10)
+    assert "the newest checkpoint was not published" in caplog.text
 
 
 def test_weights_are_whole_and_fp32(run: Path) -> None:

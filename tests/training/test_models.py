@@ -1,5 +1,7 @@
 """Encoders see what they are given and nothing else."""
 
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -180,3 +182,15 @@ def test_captions_are_cut_after_the_longest_without_changing_features() -> None:
 def test_shapes_that_do_not_fit_are_refused(keys: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         vision(**keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"timm": "resnet18", "pooling": "max"}, "pooling=max: resnet18 has its own"),
+        ({"size": "internimage-nano", "norm_eps": 1e-6}, "norm_eps=1e-06: internimage-nano has its own"),
+    ],
+)
+def test_keys_that_another_kind_of_encoder_would_not_heed_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        VisionConfig(**keys)

@@ -87,7 +87,10 @@ INTERNIMAGE_SIZES: dict[str, ConvShape] = {
 INTERNIMAGE_STRIDE = 32
 """Pixels that one cell of the last stage's map covers, in each direction."""
 
-VIT_ONLY = ("width", "depth", "heads", "patch_size", "stem", "positions", "class_token", "pre_norm", "activation")
+VIT_ONLY = (
+    *("width", "depth", "heads", "patch_size", "stem"),
+    *("positions", "class_token", "pre_norm", "activation", "norm_eps"),
+)
 
 
 class VisionConfig(Config):
@@ -180,9 +183,9 @@ class VisionConfig(Config):
 
     def _refuse_vit_keys(self) -> None:
         name = self.timm or self.size
-        for changed in VIT_ONLY:
+        for changed in (*VIT_ONLY, *(["pooling"] if self.timm else [])):
             if getattr(self, changed) != type(self).model_fields[changed].default:
-                raise ValueError(f"{changed}={getattr(self, changed)}: a key of ViTs, and {name} is none")
+                raise ValueError(f"{changed}={getattr(self, changed)}: {name} has its own; leave this key as it is")
         if self.kind == "internimage" and self.pooling == "class":
             raise ValueError(f"pooling=class: {name} has no class token; use mean, max or map")
         if self.kind == "internimage" and self.image_size % INTERNIMAGE_STRIDE:

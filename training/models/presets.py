@@ -69,7 +69,7 @@ def _models() -> dict[str, dict[str, Any]]:
 
 
 MODELS = _models()
-"""ViT-*: MAE's positions, mean pooling. CLIP-*: name for name and feature for feature open_clip's ViT-*."""
+"""ViT-*: MAE's positions, mean pooling. CLIP-*: name for name and feature for feature open_clip's ViT-*, but for S."""
 
 
 def expand(values: Mapping[str, Any]) -> Mapping[str, Any]:
