@@ -50,6 +50,11 @@ def is_network(text: str) -> bool:
     return True
 
 
+def is_address(host: str) -> bool:
+    """Whether a URL's host is an address and not a name."""
+    return _parsed(host) is not None
+
+
 def _parsed(address: str) -> IPv4Address | IPv6Address | None:
     try:
         return ip_address(address.partition("%")[0])

@@ -41,7 +41,6 @@ def configured(config: FetchConfig) -> pycurl.Curl:
         (pycurl.LOW_SPEED_TIME, config.min_speed_s),
         (pycurl.MAXFILESIZE_LARGE, config.max_bytes),
         (pycurl.BUFFERSIZE, RECEIVE_BYTES),
-        (pycurl.DNS_CACHE_TIMEOUT, 600),
         (pycurl.TCP_NODELAY, 1),
         (pycurl.SSL_VERIFYPEER, int(config.verify_tls)),
         (pycurl.SSL_VERIFYHOST, 2 * int(config.verify_tls)),
@@ -53,12 +52,6 @@ def configured(config: FetchConfig) -> pycurl.Curl:
     return curl
 
 
-def _share() -> pycurl.CurlShare:
-    share = pycurl.CurlShare()
-    for what in (pycurl.LOCK_DATA_DNS, pycurl.LOCK_DATA_SSL_SESSION):
-        share.setopt(pycurl.SH_SHARE, what)
-    return share
-
-
-SHARED = _share()
-"""Answers of the resolver and TLS sessions outlive a unit: a process does many."""
+SHARED = pycurl.CurlShare()
+"""TLS sessions outlive a unit: a process does many."""
+SHARED.setopt(pycurl.SH_SHARE, pycurl.LOCK_DATA_SSL_SESSION)

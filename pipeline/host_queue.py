@@ -22,6 +22,10 @@ class HostQueue:
 
     name: str
     waiting: deque[Job] = field(default_factory=deque)
+    addresses: tuple[str, ...] = ()
+    """Of the name, once they are known."""
+    looks_up: Job | None = None
+    """The job for which the name is being looked up; the others wait."""
     num_active: int = 0
     num_needs: int = 0
     """Downloads such as robots.txt for which the waiting ones have to wait."""
@@ -40,6 +44,8 @@ class HostQueue:
 
     def has_room(self, config: FetchConfig, now: float) -> bool:
         """Whether a request may start."""
+        if self.looks_up is not None:
+            return False
         return now >= self.not_before and self.num_active < (1 if self.is_open else config.connections_per_host)
 
     def next(self, config: FetchConfig, now: float) -> Job | None:

@@ -9,14 +9,13 @@ What fails transiently is tried again after a back-off while others go on; a hos
 (pipeline.host_queue). Nothing here waits for the end of anything but the network.
 """
 
-import socket
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pycurl
 
+from pipeline.addresses import is_address
 from pipeline.admission import Admission, Ended, Need, Refusal, Unrestricted
 from pipeline.agenda import Agenda
 from pipeline.backoff import backoff_s
@@ -25,12 +24,11 @@ from pipeline.event_loop import EventLoop
 from pipeline.host_queue import HostQueue
 from pipeline.job import Job, Response
 from pipeline.reasons import Reason, is_transient
+from pipeline.resolver import Found, Resolver, known_addresses
 from pipeline.transfer import Meter, Transfer
 from pipeline.urls import UrlError, clean_url, host_of
 
 EVICT_MIN_BYTES = 2**20
-RESOLVER_THREADS = 8
-RESOLVER_POLL_S = 0.05
 TOO_MANY_REQUESTS = 429
 NEEDED_MAX_BYTES = 2**19
 """Of a robots.txt: RFC 9309 asks for at least 500 KiB."""
@@ -48,13 +46,12 @@ class Downloader:
         self._ready: deque[Job] = deque()
         self._backing_off = Agenda[Job]()
         self._alarms = Agenda[HostQueue]()
-        self._lookups: list[tuple[Future[bool], Job, Response]] = []
         self._needs: set[str] = set()
         self._transfers: dict[pycurl.Curl, Transfer] = {}
         self._idle: list[Transfer] = []
         self._finished: list[Response] = []
         self._loop = EventLoop(config)
-        self._resolver = ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="dns")
+        self._resolver = Resolver(config.connect_timeout_s, self._loop.wake)
 
     def __enter__(self) -> "Downloader":
         return self
@@ -110,38 +107,26 @@ class Downloader:
         for transfer in (*self._transfers.values(), *self._idle):
             transfer.curl.close()
         self._transfers.clear()
+        self._resolver.close()
         self._loop.close()
-        self._resolver.shutdown(wait=False, cancel_futures=True)
 
     # What is to be done when.
 
     def _wait_s(self, timeout_s: float) -> float:
         if self._finished:
             return 0.0
-        if self._lookups:
-            timeout_s = min(timeout_s, RESOLVER_POLL_S)
         now = time.monotonic()
-        return self._alarms.wait_s(self._backing_off.wait_s(timeout_s, now), now)
+        return self._alarms.wait_s(self._backing_off.wait_s(self._resolver.wait_s(timeout_s, now), now), now)
 
     def _look_again(self, now: float) -> None:
-        """Bring back what has waited long enough, and what the resolver has judged."""
+        """Bring back what has waited long enough, or for the resolver."""
         while job := self._backing_off.pop_due(now):
             self._ready.append(job)
         while host := self._alarms.pop_due(now):
             host.alarm = None
             self._advance(host, now)
-        waiting, self._lookups = self._lookups, []
-        for entry in waiting:
-            judged, job, response = entry
-            if not judged.done():  # asked once: the answer may come at any moment
-                self._lookups.append(entry)
-            elif judged.result():
-                self._conclude(job, response, now)
-            else:
-                host, reason = self._host(job.host), Reason.UNKNOWN_HOST
-                host.given_up = reason, response.detail or reason.sentence
-                self._finish(job, replace(response, reason=reason.value))
-                self._advance(host, now)
+        for found in self._resolver.take(now):
+            self._go_on(self._hosts[found.name], found, now)
 
     def _advance(self, host: HostQueue, now: float) -> None:
         """Let the next one who waits for a host go on, or look again when that may be possible."""
@@ -171,8 +156,7 @@ class Downloader:
         try:
             job.url = clean_url(url)
         except UrlError as error:
-            response = job.last or Response(index=job.index, reason=None, detail=None)
-            self._finish(job, replace(response, reason=error.reason.value, detail=str(error)))
+            self._finish(job, job.ended(error.reason, str(error)))
             return False
         job.host = host_of(job.url)
         job.start = job.start or (job.url, job.host)
@@ -189,8 +173,37 @@ class Downloader:
                 self._queue(job, host)
                 if host.not_before > now:
                     self._look_at(host, host.not_before)
-            else:
+            elif self._is_found(host, now):
                 self._ask(job, host, now)
+            else:
+                host.looks_up = job
+                self._resolver.look_up(host.name)
+
+    def _is_found(self, host: HostQueue, now: float) -> bool:
+        """Whether we know where a host is."""
+        if not host.addresses:
+            host.addresses = known_addresses(host.name, now) or ()
+        return bool(host.addresses) or is_address(host.name)
+
+    def _go_on(self, host: HostQueue, found: Found, now: float) -> None:
+        """A name has been looked up, for the first of those who wait for its host."""
+        job, host.looks_up = host.looks_up, None
+        assert job is not None
+        job.seconds += found.seconds
+        job.attempt_seconds += found.seconds
+        if found.addresses:
+            host.addresses, job.dns_seconds = found.addresses, found.seconds
+            self._ready.appendleft(job)
+            return
+        job.attempts += not job.num_redirects
+        reason = found.reason or Reason.DNS_FAILURE
+        response = replace(job.ended(reason, found.detail), dns_seconds=round(found.seconds, 4))
+        if reason == Reason.UNKNOWN_HOST:
+            host.given_up = reason, found.detail or reason.sentence
+            self._finish(job, response)
+        else:
+            self._conclude(job, response, now)
+        self._advance(host, now)
 
     def _ask(self, job: Job, host: HostQueue, now: float) -> None:
         # A needed file is asked for by its own name on every hop: two sites that redirect theirs to each other would
@@ -201,9 +214,7 @@ class Downloader:
             self._fetch_needed(verdict.url, host)
             self._queue(job, host)
         elif isinstance(verdict, Refusal):
-            last = job.last or Response(index=job.index, reason=None, detail=None)
-            refused = replace(last, reason=verdict.reason.value, rule=verdict.rule, detail=verdict.detail)
-            self._finish(job, refused)
+            self._finish(job, job.ended(verdict.reason, verdict.detail, verdict.rule))
             self._advance(host, now)
         elif verdict > 0:
             host.waiting.appendleft(job)
@@ -222,7 +233,7 @@ class Downloader:
         if not job.num_redirects:
             job.attempts += 1
         transfer = self._idle.pop() if self._idle else Transfer(self._config, self._meter, self._admission)
-        transfer.begin(job)
+        transfer.begin(job, host.addresses)
         host.num_active += 1
         self._transfers[transfer.curl] = transfer
         self._loop.add(transfer.curl)
@@ -248,8 +259,6 @@ class Downloader:
         if redirect is not None:
             host.succeeded()
             self._redirect(job, response, redirect)
-        elif response.reason == Reason.DNS_FAILURE:
-            self._lookups.append((self._resolver.submit(_may_resolve_later, job.host), job, response))
         else:
             self._conclude(job, response, now, pause_s)
         self._advance(host, now)
@@ -307,14 +316,14 @@ class Downloader:
 
     def _park(self, job: Job, reason: Reason, detail: str) -> None:
         """End a job whose host is not asked again, with what its own last attempt came to if there was one."""
-        last = job.last or Response(index=job.index, reason=None, detail=None)
-        if last.reason is None or not is_transient(last.reason) or reason == Reason.UNKNOWN_HOST:
-            last = replace(last, reason=reason.value, detail=detail)
+        last = job.last
+        if last is None or last.reason is None or not is_transient(last.reason) or reason == Reason.UNKNOWN_HOST:
+            last = job.ended(reason, detail)
         self._finish(job, last)
 
     def _park_the_hopeless(self) -> None:
         """At the end a unit does not wait for hosts that were too slow."""
-        if self._transfers or self._ready or self._lookups or self._backing_off:
+        if self._transfers or self._ready or self._resolver.num_open or self._backing_off:
             return
         waiting = [host for host in self._hosts.values() if host.waiting]
         if all(host.is_down for host in waiting):
@@ -337,14 +346,3 @@ class Downloader:
             job.restart()
             self._ready.append(job)
             self._advance(host, now)
-
-
-def _may_resolve_later(host: str) -> bool:
-    """Whether a name that did not resolve may do so later: not if its servers say that it does not exist."""
-    try:
-        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        return error.errno == socket.EAI_AGAIN
-    except (OSError, UnicodeError):
-        return False
-    return True

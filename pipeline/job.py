@@ -1,6 +1,8 @@
 """A download: what is wanted, and how it ended."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from pipeline.reasons import Reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Job:
     num_redirects: int = 0
     seconds: float = 0.0
     attempt_seconds: float = 0.0
+    dns_seconds: float = 0.0
+    """What it took to look up the host for the next request."""
     received_bytes: int = 0
     http_status: int | None = None
     final_url: str | None = None
@@ -57,6 +61,19 @@ class Job:
     @property
     def is_needed(self) -> bool:
         return bool(self.needed_by)
+
+    def ended(self, reason: Reason, detail: str | None, rule: str | None = None) -> Response:
+        """How it ended where no request was made that would tell."""
+        last = self.last or Response(index=self.index, reason=None, detail=None)
+        return replace(
+            last,
+            reason=reason.value,
+            rule=rule,
+            detail=detail,
+            num_redirects=self.num_redirects,
+            attempts=self.attempts,
+            seconds=round(self.seconds, 4),
+        )
 
     def restart(self) -> None:
         """The next request is the first of another attempt."""

@@ -17,6 +17,7 @@ from pipeline.config import FetchConfig
 from pipeline.handle import configured
 from pipeline.job import Job, Response
 from pipeline.reasons import Reason, http_reason
+from pipeline.urls import port_of
 
 MAX_HEADER_BYTES = 2**16
 """Of one answer, with its trailers and everything before it."""
@@ -125,10 +126,14 @@ class Transfer:
         value = self._answer.headers.get("retry-after") if self._answer.status in (429, 503) else None
         return retry_after_s(value[-1], datetime.now(UTC)) if value else None
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, addresses: Sequence[str]) -> None:
+        """addresses: of the job's host, if that is a name."""
         self.job = job
         self._answer = _Answer()
         self.curl.setopt(pycurl.URL, job.url)
+        if addresses:
+            places = ",".join(f"[{address}]" if ":" in address else address for address in addresses)
+            self.curl.setopt(pycurl.RESOLVE, [f"{job.host}:{port_of(job.url)}:{places}"])
         # Rather a stream of a connection that is being made than one more; without TLS it would wait for an answer.
         self.curl.setopt(pycurl.PIPEWAIT, int(job.url.startswith("https:")))
         left_s = max(0.001, self._config.timeout_s - job.attempt_seconds)
@@ -138,6 +143,7 @@ class Transfer:
         assert self.job is not None
         self._meter.held_bytes -= len(self._answer.body)
         job, self.job, self._answer = self.job, None, _Answer()
+        job.dns_seconds = 0.0
         return job
 
     def response(self, code: int, text: str) -> Response:
@@ -165,7 +171,7 @@ class Transfer:
             attempts=job.attempts,
             received_bytes=job.received_bytes,
             seconds=round(job.seconds, 4),
-            dns_seconds=round(resolved, 4),
+            dns_seconds=round(job.dns_seconds + resolved, 4),
             connect_seconds=round(max(0.0, connected - resolved), 4),
             tls_seconds=round(max(0.0, secured - connected), 4),
             first_byte_seconds=round(max(0.0, answered - asked), 4) if answered else None,

@@ -62,6 +62,12 @@ def host_of(url: str) -> str:
     return authority[1:].partition("]")[0] if authority.startswith("[") else authority.partition(":")[0]
 
 
+def port_of(url: str) -> int:
+    """The port of a URL from `clean_url`."""
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
+
+
 def url_problems(urls: pa.StringArray) -> tuple[list[str | None], list[str | None]]:
     """(reason, detail) of each URL that cannot be requested, None for the others; null URLs are `missing_url`."""
     reasons: list[str | None] = [None] * len(urls)

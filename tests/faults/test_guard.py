@@ -1,15 +1,15 @@
 """What a downloader must not do, whoever asks it to: connections, headers and redirects as a server sees them."""
 
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pycurl
 import pytest
 from hostile import HostileWeb, Line, whole
 
-import pipeline.transfer
+import pipeline.resolver
 from pipeline.admission import Admission, Ended, Headers, Need, Refusal, Unrestricted
 from pipeline.config import FetchConfig
 from pipeline.http import Downloader
@@ -62,22 +62,20 @@ def test_named_networks_are_allowed_and_nothing_else(web: Echo) -> None:
     assert web.connections == {"127.0.4.1": 1}
 
 
-@pytest.mark.parametrize("addresses", ["127.0.4.2", "127.0.4.2,127.0.4.3"])
+@pytest.mark.parametrize("addresses", [["127.0.4.2"], ["127.0.4.2", "127.0.4.3"]])
 def test_a_name_that_changes_to_a_private_address_is_refused_at_the_connection(
-    web: Echo, monkeypatch: pytest.MonkeyPatch, addresses: str
+    web: Echo, monkeypatch: pytest.MonkeyPatch, addresses: list[str]
 ) -> None:
     """127.0.4.1 stands for a public address, 127.0.4.2 for a private one that the name's owner turns to later."""
     name, answer = "rebind.example", ["127.0.4.1"]
-    plain: Callable[[FetchConfig], pycurl.Curl] = pipeline.transfer.configured
 
-    def resolving(config: FetchConfig) -> pycurl.Curl:
-        curl = plain(config)
-        curl.setopt(pycurl.RESOLVE, [f"-{name}:{web.port}", f"{name}:{web.port}:{answer[0]}"])
-        return curl
+    def resolving(name: str, *rest: object, **more: object) -> list[tuple[Any, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in answer]
 
-    monkeypatch.setattr(pipeline.transfer, "configured", resolving)
+    monkeypatch.setattr(pipeline.resolver.socket, "getaddrinfo", resolving)
     assert reasons(download([web.url("image/a", name)], allow_addresses=["127.0.4.1"])) == [None]
-    answer[0] = addresses
+    answer[:] = addresses
+    monkeypatch.setattr(pipeline.resolver, "_known", {})  # ten minutes later
     again = download([web.url("image/a", name)], allow_addresses=["127.0.4.1"])
     assert [(response.reason, response.attempts) for response in again] == [("forbidden_address", 1)]
     assert set(web.connections) == {"127.0.4.1"}

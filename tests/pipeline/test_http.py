@@ -1,5 +1,3 @@
-from concurrent.futures import Future
-
 import pytest
 
 from cluster.config import parse
@@ -130,19 +128,6 @@ def test_private_addresses_are_refused_in_every_spelling(url: str) -> None:
                 assert (response.reason, response.attempts) == ("forbidden_address", 1)
 
 
-@pytest.mark.parametrize(("may_resolve_later", "expected"), [(True, ("dns_failure", 2)), (False, ("unknown_host", 1))])
-def test_names_that_do_not_exist_are_not_asked_for_again(
-    may_resolve_later: bool, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.http._may_resolve_later", lambda host: may_resolve_later)
-    with Downloader(FetchConfig(timeout_s=5, connect_timeout_s=5, retries=1, backoff_s=0.01)) as downloader:
-        downloader.submit(0, "http://nonexistent.invalid/x")
-        ended = []
-        while downloader.num_open:
-            ended += downloader.poll(0.1, 2**20)
-    assert [(response.reason, response.attempts) for response in ended] == [expected]
-
-
 def test_every_reason_has_its_sentence_and_says_whether_to_try_again() -> None:
     assert all(sentence(reason) for reason in Reason)
     assert is_transient("timeout")
@@ -158,35 +143,3 @@ def test_every_reason_has_its_sentence_and_says_whether_to_try_again() -> None:
 
 def test_certificates_are_found() -> None:
     assert ca_file() is not None
-
-
-def test_answer_of_the_resolver_in_mid_turn_ends_a_download_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hesitant(Future[bool]):
-        """Not done when asked first, done when asked again at once."""
-
-        num_asked = 0
-
-        def done(self) -> bool:
-            self.num_asked += 1
-            return self.num_asked > 1
-
-    class Resolver:
-        def __init__(self, *settings: object, **more: object) -> None: ...
-
-        def submit(self, *call: object) -> Hesitant:
-            future = Hesitant()
-            future.set_result(False)
-            return future
-
-        def shutdown(self, **settings: object) -> None: ...
-
-    monkeypatch.setattr("pipeline.http.ThreadPoolExecutor", Resolver)
-    with Downloader(FetchConfig(retries=1, backoff_s=0)) as downloader:
-        for index in range(2):
-            downloader.submit(index, f"http://nonexistent{index}.invalid/")
-        indices = []
-        for _ in range(100):
-            indices += [response.index for response in downloader.poll(0.1, 2**20)]
-            if downloader.num_open <= 0:
-                break
-        assert (sorted(indices), downloader.num_open) == ([0, 1], 0)
