@@ -68,7 +68,7 @@ def train_command(words: Sequence[str]) -> int:
         state = "was already done" if result.already_done else f"done in {time.monotonic() - started:.1f} s"
         print(f"train {config.method}: {result.plan.num_steps} steps {state}")
         print(f"run: {result.store.url}")
-        can_eval = METHODS[config.method].has_text_features()
+        can_eval = METHODS[config.method].has_text_features(config.method_config)
         evaluate = f"pairmill eval checkpoint={result.store.url}; " if can_eval else ""
         print(f"next: {evaluate}pairmill report {result.store.url}")
     return EXIT_DONE

@@ -245,8 +245,7 @@ def plan_training(config: TrainConfig) -> tuple[TrainPlan, Dataset | Mixture]:
         raise RequestError(f"train.batch_size={batch_size}: {_few(samples, config)}; make it smaller or select more")
     classes = classes_of(sources)
     check_labels(sources, classes)
-    if METHODS[config.method].needs_captions(config.method_config) and not any(s.caption_column for s in sources):
-        raise RequestError(f"data.caption_column: method={config.method} needs captions; name the column they are in")
+    check_captions(config)
     num_steps = config.train.num_steps or max(1, math.floor(config.train.num_epochs * num_samples / batch_size))
     warmup_steps = config.optim.warmup_steps
     if warmup_steps is None and config.optim.warmup_epochs is not None:
@@ -295,12 +294,32 @@ def check_parts(config: TrainConfig, num_ranks: int, classes: Sequence[str] = ()
     METHODS[config.method].check(config.method_config, config.model, part_size=part_size, has_labels=bool(classes))
 
 
+def check_captions(config: TrainConfig) -> None:
+    """Raise RequestError, naming the key, when the method needs captions of a source that has none."""
+    method, sources = METHODS[config.method], config.data.sources
+    without = [number for number, source in enumerate(sources) if not source.caption_column]
+    allowed = {"all": 0, "some": len(sources) - 1, "none": len(sources)}[method.needs_captions(config.method_config)]
+    if len(without) > allowed:
+        where = f"data.extra[{without[0] - 1}]" if without[0] else "data"
+        instead = f", or set {method.without_captions}" if method.without_captions else ""
+        raise RequestError(
+            f"{where}.caption_column: method={config.method} needs captions; name the column they are in{instead}"
+        )
+
+
 def check_backbone(config: TrainConfig) -> None:
-    """Raise RequestError when the method leaves patches out and the image encoder cannot."""
+    """Raise RequestError when the method leaves patches out and the image encoder cannot, or has only one."""
     vision = config.model.vision
-    if METHODS[config.method].drops_patches and not vision.drops_patches:
+    if not METHODS[config.method].drops_patches:
+        return
+    if not vision.drops_patches:
         able = ", ".join(sorted(name for name, method in METHODS.items() if not method.drops_patches))
         raise RequestError(
             f"method={config.method}: leaves patches out, and {vision.timm or vision.size} sees whole pictures only; "
             f"use a vision transformer, or one of the methods {able}"
+        )
+    if vision.num_patches == 1:
+        raise RequestError(
+            f"model.vision.patch_size={vision.patch_size}: method={config.method} hides patches, and a picture of "
+            f"{vision.image_size} px is a single one"
         )

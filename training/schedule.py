@@ -16,6 +16,12 @@ class Schedule(Config):
     start_step: int = key(0, "step at which the value begins to change", unit="steps", ge=0)
     ramp_steps: int = key(0, "how long the change takes; 0 is at once", unit="steps", ge=0)
 
+    @property
+    def is_always_zero(self) -> bool:
+        """Whether it is 0 at every step, so that nothing needs to be built for what it weighs."""
+        moves = self.start_step > 0 or self.ramp_steps > 0
+        return self.value == 0 and (self.initial == 0 or not moves)
+
     def at(self, step: int) -> float:
         """Return the value in force at `step` (0 is the first optimizer step of the run)."""
         if step < self.start_step:

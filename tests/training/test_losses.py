@@ -178,6 +178,10 @@ def test_a_picture_is_matched_when_no_text_is_closer_than_its_own() -> None:
     images = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     # The second picture is closer to the first text; the third ties with an equal caption, which is no mistake.
     assert matched(images, gather(texts)).tolist() == [True, False, True]
+    # Encoded in another part, behind other padding, an equal caption comes out equal but for rounding.
+    rounded = torch.nn.functional.normalize(texts + torch.tensor([[0.0, 0.0], [-3e-7, 0.0], [0.0, 0.0]]), dim=1)
+    for image in torch.nn.functional.normalize(torch.tensor([[1.0, 1.2], [-1.0, 1.2]]), dim=1):
+        assert matched(image.expand(3, -1), gather(rounded)).tolist() == [False, True, True]
 
 
 def test_rows_of_a_later_rank_are_matched_with_its_own_texts() -> None:

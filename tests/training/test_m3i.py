@@ -283,6 +283,7 @@ def test_the_momentum_encoder_is_a_copy_that_follows() -> None:
         ({"form": "none", "text": False, "category": False}, "m3i.form=none: nothing is left"),
         ({"mix_patch": 6}, "m3i.mix_patch=6: does not divide model.vision.image_size=16"),
         ({"mix_patch": 16}, "m3i.mix_patch=16"),
+        ({"vision": {"size": "internimage-nano", "image_size": 32}}, "m3i.mix_patch=32"),
         ({"mix_group": 4}, "m3i.mix_group=4: does not divide the 6 samples"),
         ({"vision": {"pooling": "map"}}, "model.vision.pooling=map"),
         ({"vision": {"timm": "resnet18"}}, "model.vision.timm=resnet18: m3i reads patches"),

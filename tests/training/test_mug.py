@@ -192,11 +192,18 @@ def test_without_the_caption_it_is_mae() -> None:
     mug, mae = build(caption_weight={"value": 0.0}, norm_pixels=True), build("mae")
     assert mug.state_dict().keys() == mae.state_dict().keys()
     assert mug(batch()).losses == mae(batch()).losses
-    assert not Mug.needs_captions(mug.mug)
+    assert Mug.needs_captions(mug.mug) == "none"
     later = build(caption_weight={"value": 0.1, "start_step": 100})
     assert later.caption_decoder is not None
     assert later.weights(99)["caption"] == 0
     assert later.weights(100) == {"reconstruction": 1.0, "caption": 0.1}
+    falling = build(caption_weight={"value": 0.0, "initial": 0.1, "ramp_steps": 100})
+    assert falling.weights(50) == {"reconstruction": 1.0, "caption": 0.05}
+
+
+def test_a_single_picture_has_no_other_one_to_be_monitored_with() -> None:
+    assert "caption_of_other_picture" in build(monitor_every_steps=1)(batch()).metrics
+    assert "caption_of_other_picture" not in build(monitor_every_steps=1)(batch(rows=slice(1))).metrics
 
 
 def test_a_batch_of_empty_captions_has_no_caption_loss() -> None:

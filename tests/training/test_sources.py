@@ -138,6 +138,11 @@ def test_the_same_examples_are_shown_to_every_rank(two: list[SourceConfig]) -> N
         (["data.label_column=style", "data.select=style=plain"], "only the class plain"),
         (["method=m3i", "m3i.category=true"], r"m3i.category=true: .*data.label_column"),
         (["data.caption_column="], "data.caption_column: method=clip needs captions"),
+        (
+            ["data.weight=1", "data.extra=[{dataset: DATA, caption_column: '', weight: 1}]"],
+            r"data.extra\[0\].caption_column: method=clip needs captions",
+        ),
+        (["data.caption_column=", "method=m3i"], "or set m3i.text=false"),
         (["data.extra=[{dataset: /nowhere}]"], "/nowhere: no finished dataset here"),
         (["data.extra=[{dataset: DATA, wieght: 1}]"], r"data.extra.0.wieght"),
         (["data.extra=[{dataset: DATA, weight: 1}]"], "data.weight: give one to"),

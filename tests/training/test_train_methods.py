@@ -60,6 +60,11 @@ def test_an_attention_pooling_that_nothing_would_train_is_refused_before_any_wor
     assert not (tmp_path / "run").exists()
 
 
+def test_a_picture_of_one_patch_leaves_nothing_to_hide(train_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"patch_size=32: method=rils hides patches, and .* 32 px is a single one"):
+        train_tiny(tmp_path / "run", "method=rils", "model.vision.image_size=32", "model.vision.patch_size=32")
+
+
 def test_an_unknown_pooling_is_refused_with_the_known_ones(train_tiny: Train, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"model\.vision\.pooling=gap.*'mean', 'class', 'max' or 'map'"):
         train_tiny(tmp_path / "run", "model.vision.pooling=gap")

@@ -10,6 +10,9 @@ from training.losses.chunked import softmax_term, sum_over_pairs, tiles
 from training.losses.distributed import Gathered, LossSum
 from training.losses.similarity import product
 
+TIE = 1e-5
+"""Cosines as close as this are equal: one caption encoded behind two paddings differs by float32 rounding."""
+
 
 def info_nce(
     image_BD: Tensor,
@@ -46,12 +49,12 @@ def own_rows(features_BD: Tensor, gathered: Gathered) -> Tensor:
 def matched(image_BD: Tensor, texts: Gathered) -> Tensor:
     """Return bool [B], the set C of RILS eq. 9: no text of the batch is closer to the picture than its own.
 
-    Captions that are equal tie, and a tie counts as matched: which of two equal captions comes first is the order of
-    ranks, and must not decide.
+    Captions that are equal tie, and a tie counts as matched: which of two equal captions comes first, or which other
+    captions it was padded with, is the order of ranks, and must not decide.
     """
     own_B = own_rows(image_BD, texts)
     found_B = torch.empty(len(image_BD), dtype=torch.bool, device=image_BD.device)
     for part in tiles(len(image_BD), len(texts.features)):
         similarity_TG = product(image_BD[part], texts.features)
-        found_B[part] = similarity_TG.amax(1) <= similarity_TG.gather(1, own_B[part, None])[:, 0]
+        found_B[part] = similarity_TG.amax(1) <= similarity_TG.gather(1, own_B[part, None])[:, 0] + TIE
     return found_B

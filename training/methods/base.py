@@ -12,7 +12,7 @@ Legend: B samples of a (micro-)batch, G samples that meet, H W rows and columns,
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from cluster.errors import RequestError
 from training.data.tokenizer import Tokenizer
 from training.losses.distributed import Gathered, LossSum, Scope, gather, normalise
 from training.models.config import ModelConfig
+
+CaptionNeed = Literal["all", "some", "none"]
+"""all: every source of a run, as a picture without caption would be contrasted with empty text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,8 @@ class Method(nn.Module, ABC):
     config_type: ClassVar[type[MethodConfig]]
     drops_patches: ClassVar[bool] = False
     """Whether it shows the image encoder some patches only, which needs a vision transformer."""
+    without_captions: ClassVar[str] = ""
+    """The setting with which it needs no captions, if there is one."""
 
     @abstractmethod
     def __init__(self, config: MethodConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -140,13 +145,13 @@ class Method(nn.Module, ABC):
         """
 
     @classmethod
-    def needs_captions(cls, config: Any) -> bool:
-        """Return whether a run on data without captions is to be refused."""
-        return True
+    def needs_captions(cls, config: Any) -> CaptionNeed:
+        """Return which of a run's sources have to have captions."""
+        return "all"
 
     @classmethod
-    def has_text_features(cls) -> bool:
-        """Return whether the method has an `encode_text` of its own."""
+    def has_text_features(cls, config: Any) -> bool:
+        """Return whether `encode_text` works."""
         return cls.encode_text is not Method.encode_text
 
     def borrowed_parts(self) -> Sequence[str]:

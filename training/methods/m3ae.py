@@ -14,7 +14,7 @@ from training.data.tokenizer import Tokenizer
 from training.data.transforms import evaluation_view
 from training.losses.distributed import Gathered
 from training.losses.similarity import unit
-from training.methods.base import Batch, Embedded, Method, MethodConfig, Shown, Sums
+from training.methods.base import Batch, CaptionNeed, Embedded, Method, MethodConfig, Shown, Sums
 from training.methods.generative import (
     GenerativeConfig,
     Hidden,
@@ -73,6 +73,11 @@ class M3ae(Method):
         refuse_trained_pooling(cls.name, model.vision, "model.vision")
         if config.encoder == "separate":
             refuse_trained_pooling(cls.name, model.text, "model.text")
+
+    @classmethod
+    def needs_captions(cls, config: Any) -> CaptionNeed:
+        """One that is missing has no hidden words."""
+        return "some"
 
     def losses(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> Sums:
         """Return the errors of hidden patches and of hidden words."""

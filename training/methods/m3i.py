@@ -7,6 +7,7 @@ Legend: B batch, C colours, S side, N features of a view, D encoder width, K val
 the space shared with text, P places, G pictures that meet.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -23,7 +24,7 @@ from training.losses.feature_prediction import feature_prediction, outer_product
 from training.losses.info_nce import info_nce
 from training.losses.pixels import denormalised_patches, normalised_patches, patchify, unpatchify
 from training.losses.similarity import scale, unit
-from training.methods.base import Batch, Embedded, Method, Output, Shown, Sums, combine, mean_of
+from training.methods.base import Batch, CaptionNeed, Embedded, Method, Output, Shown, Sums, combine, mean_of
 from training.methods.m3i_balance import Balance
 from training.methods.m3i_forms import M3iConfig
 from training.methods.m3i_views import Reading, Views, look, show_views
@@ -47,6 +48,7 @@ class M3i(Method):
 
     name: ClassVar[str] = "m3i"
     config_type: ClassVar[type[M3iConfig]] = M3iConfig
+    without_captions: ClassVar[str] = "m3i.text=false"
 
     def __init__(
         self, config: M3iConfig, model: ModelConfig, tokenizer: Tokenizer, classes: Sequence[str] = ()
@@ -81,17 +83,24 @@ class M3i(Method):
     @classmethod
     def check(cls, config: Any, model: ModelConfig, *, part_size: int, has_labels: bool) -> None:
         """Raise RequestError for a request that cannot work."""
-        config.refuse_unfit(model.vision.image_size, part_size=part_size, has_labels=has_labels)
-        refuse_trained_pooling(cls.name, model.vision, "model.vision")
-        if model.vision.kind == "timm":
+        vision = model.vision
+        refuse_trained_pooling(cls.name, vision, "model.vision")
+        if vision.kind == "timm":
             raise RequestError(
-                f"model.vision.timm={model.vision.timm}: m3i reads patches and would leave the model's own pooling "
+                f"model.vision.timm={vision.timm}: m3i reads patches and would leave the model's own pooling "
                 "untrained; use a ViT or an InternImage"
             )
+        patch = vision.image_size // math.isqrt(vision.num_patches)
+        config.refuse_unfit(vision.image_size, patch, part_size=part_size, has_labels=has_labels)
 
     @classmethod
-    def needs_captions(cls, config: Any) -> bool:
-        """Only where they are predicted."""
+    def needs_captions(cls, config: Any) -> CaptionNeed:
+        """Only where they are predicted; a sample without one has no such term."""
+        return "some" if config.has_text else "none"
+
+    @classmethod
+    def has_text_features(cls, config: Any) -> bool:
+        """With a text target."""
         return bool(config.has_text)
 
     def before_step(self, step: int, num_steps: int) -> None:

@@ -116,15 +116,16 @@ class M3iConfig(MethodConfig):
     def _on(self, wanted: bool | None) -> bool:
         return self.form not in FORMS if wanted is None else wanted
 
-    def refuse_unfit(self, image_size: int, *, part_size: int, has_labels: bool) -> None:
-        """Raise RequestError for a request that cannot work; see `Method.check`."""
+    def refuse_unfit(self, image_size: int, patch: int, *, part_size: int, has_labels: bool) -> None:
+        """Raise RequestError for a request that cannot work; see `Method.check`. patch: side of the encoder's."""
         if self.category and not has_labels:
             raise RequestError("m3i.category=true: the data has no categories; name their column in data.label_column")
         if self.form == "none" and not (self.has_text or self.has_category(has_labels=has_labels)):
             raise RequestError("m3i.form=none: nothing is left to predict; set m3i.text or m3i.category")
-        if self.mix_patch and (image_size % self.mix_patch or image_size == self.mix_patch):
+        cell, form = self.mix_patch or patch, self.image_form
+        if form is not None and form.masked and (image_size % cell or image_size == cell):
             raise RequestError(
-                f"m3i.mix_patch={self.mix_patch}: does not divide model.vision.image_size={image_size} into cells"
+                f"m3i.mix_patch={cell}: does not divide model.vision.image_size={image_size} into several cells"
             )
         if self.mixes and part_size % self.mix_group:
             raise RequestError(

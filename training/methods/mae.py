@@ -16,7 +16,7 @@ from training.data.transforms import evaluation_view
 from training.losses.distributed import Gathered
 from training.losses.pixels import normalised_patches, patch_error, patchify
 from training.losses.similarity import unit
-from training.methods.base import Batch, Embedded, Method, MethodConfig, Shown, Sums
+from training.methods.base import Batch, CaptionNeed, Embedded, Method, MethodConfig, Shown, Sums
 from training.methods.views import crop, masked_pictures, reconstructed_pictures, refuse_trained_pooling, to_pictures
 from training.models.blocks import take_tokens
 from training.models.config import ModelConfig
@@ -65,9 +65,9 @@ class Mae(Method):
         refuse_trained_pooling(cls.name, model.vision, "model.vision")
 
     @classmethod
-    def needs_captions(cls, config: Any) -> bool:
+    def needs_captions(cls, config: Any) -> CaptionNeed:
         """Pictures are enough."""
-        return False
+        return "none"
 
     def borrowed_parts(self) -> Sequence[str]:
         """A teacher is another run's encoder."""

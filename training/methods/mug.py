@@ -15,7 +15,7 @@ from training.losses.captioning import caption_generation, predicted_places
 from training.losses.distributed import Gathered, LossSum
 from training.losses.masked_text import masked_text
 from training.losses.pixels import patch_error
-from training.methods.base import Batch, Embedded, MethodConfig, Shown, Sums
+from training.methods.base import Batch, CaptionNeed, Embedded, MethodConfig, Shown, Sums
 from training.methods.mae import Mae, MaeConfig
 from training.methods.views import Captions, captions_cut, crop, read_captions
 from training.models.blocks import take_tokens
@@ -53,6 +53,7 @@ class Mug(Mae):
     name: ClassVar[str] = "mug"
     config_type: ClassVar[type[MethodConfig]] = MugConfig
     drops_patches: ClassVar[bool] = True
+    without_captions: ClassVar[str] = "mug.caption_weight.value=0"
 
     def __init__(self, config: MugConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
         super().__init__(config, model, tokenizer)
@@ -66,14 +67,14 @@ class Mug(Mae):
                 length=tokenizer.context_length,
                 causal=config.captioning == "autoregressive",
             )
-            if _captions(config)
+            if not config.caption_weight.is_always_zero
             else None
         )
 
     @classmethod
-    def needs_captions(cls, config: Any) -> bool:
-        """Only where they are generated."""
-        return _captions(config)
+    def needs_captions(cls, config: Any) -> CaptionNeed:
+        """Only where they are generated; one that is missing has no term."""
+        return "none" if config.caption_weight.is_always_zero else "some"
 
     def losses(self, batch: Batch, own: Embedded, everyone: Mapping[str, Gathered]) -> Sums:
         """Return L_V and L_L, of one encoder pass over the visible patches."""
@@ -86,7 +87,7 @@ class Mug(Mae):
             metrics["captions_cut"] = captions_cut(self.tokenizer, batch)
             captions = read_captions(self.tokenizer, batch.captions, pixels_BCSS.device)
             losses["caption"] = self.caption(visible_BVD, captions, batch)
-            if (batch.step + 1) % self.mug.monitor_every_steps == 0:
+            if (batch.step + 1) % self.mug.monitor_every_steps == 0 and len(batch.captions) > 1:
                 with torch.no_grad():  # as low as the loss itself: the captions do not come from the pictures
                     metrics["caption_of_other_picture"] = self.caption(visible_BVD.roll(1, 0), captions, batch)
         return Sums(losses=losses, metrics=metrics)
@@ -178,9 +179,3 @@ class Mug(Mae):
     def _with_blanks(self, ids: list[int], hidden: list[bool]) -> str:
         end = ids.index(self.tokenizer.end_of_text_id)
         return " ".join("_" if hidden[place] else self.tokenizer.decode([ids[place]]) for place in range(1, end))
-
-
-def _captions(config: MugConfig) -> bool:
-    """Whether the weight of the caption is ever above 0."""
-    weight = config.caption_weight
-    return weight.value > 0 or (weight.initial > 0 and weight.start_step > 0)
