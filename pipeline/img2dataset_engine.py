@@ -96,6 +96,8 @@ class _Keeper:
     claims: Claims
     resizer: Callable[[Any, Any], tuple[Any, ...]] | None = None
     body: bytes = b""
+    failure: OSError | None = None
+    """Why the tar could not be written (a full disk): img2dataset prints it and goes on."""
 
     def resize(self, body: Any, boxes: Any = None) -> tuple[Any, ...]:
         """What img2dataset calls with each body."""
@@ -122,16 +124,24 @@ class _Keeper:
 
     def _keep(self, row: int, data: bytes, told: dict[str, Any]) -> Outcome:
         names = ("original_width", "original_height", "width", "height")
+        measures = _measures(data)  # before the tar: they may fail
         return {name: told[name] for name in names} | {
             "status": "ok",
             "attempts": 1,
             "source_format": _format(self.body),
             "exif": told.get("exif"),
             "image_format": self.image.format,
-            "image_offset": self.tar.add(f"{self.uids[row]}.{self.image.format}", data),
+            "image_offset": self._add(f"{self.uids[row]}.{self.image.format}", data),
             "image_size": len(data),
-            **_measures(data),
+            **measures,
         }
+
+    def _add(self, name: str, data: bytes) -> int:
+        try:
+            return self.tar.add(name, data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def _of_body(self) -> Outcome:
         if not self.body:
@@ -204,6 +214,8 @@ def _download(wanted: Sequence[Wanted], keeper: _Keeper, *, has_boxes: bool) -> 
             **downloader_options(keeper.fetch, keeper.image),
         )
         downloader.download_shard((0, str(shard)))
+    if keeper.failure is not None:
+        raise keeper.failure
 
 
 def downloader_options(fetch: FetchConfig, image: ImageConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The users of img2dataset: its engine inside ours, its columns, and where each of its options has gone."""
 
+import errno
 import hashlib
 import inspect
 import io
@@ -22,7 +23,7 @@ import pytest
 import webdataset
 
 from cluster.config import help_text, parse, walk_keys
-from cluster.errors import RequestError
+from cluster.errors import RequestError, RunError
 from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal
 from cluster.progress import Progress
@@ -32,6 +33,7 @@ from pipeline.config import BuildConfig
 from pipeline.fetch import FETCHED, FetchStage
 from pipeline.img2dataset_engine import download_failure
 from pipeline.plan import OrderStage, ReadStage
+from pipeline.tar import TarWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "corpus"))
 
@@ -153,6 +155,20 @@ def test_the_engine_checks_hashes_and_blurs_boxes(tmp_path: Path, port: int) -> 
     as_they_came = ("image.size=4096", "image.encode=keep")  # none is resized
     rows = {row["caption"]: row for row in fetch(tmp_path / "kept", urls, *words, *ENGINE, *as_they_came).values()}
     assert hashlib.sha256(rows["b"]["data"]).hexdigest() != rows["b"]["sha256"]
+
+
+def test_a_full_disk_ends_the_unit_with_its_engine_too(
+    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(writer: TarWriter, name: str, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TarWriter, "add", add)
+    (row,) = [row for row in make_rows(port, 30) if kind_of(row.url) == "img"][:1]
+    urls = tmp_path / "urls.parquet"
+    pq.write_table(pa.table({"url": [row.url], "caption": ["a"]}), urls)
+    with pytest.raises(RunError, match="No space left"):
+        fetch(tmp_path / "out", urls, *ENGINE)
 
 
 @pytest.mark.parametrize(
