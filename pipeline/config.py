@@ -68,7 +68,8 @@ class FetchConfig(Config):
     )
     host_wait_s: float = key(
         300.0,
-        "a host to which no request could begin for so long, because others have its slots, is given up for now",
+        "a host to which no request could begin for so long, because others have its slots, or whose Crawl-delay held "
+        "up a unit for so long in all, is given up for now",
         unit="s",
         affects_result=False,
         gt=0,
@@ -324,7 +325,7 @@ class BuildConfig(Config):
             return []
         return [
             "fetch.engine=img2dataset: has no guard against internal addresses, no limit per host, no fast mode and "
-            f"reads neither robots.txt nor tdm-reservation; to go without, set {needed}, or leave fetch.engine at pairmill"
+            f"reads neither robots.txt nor tdm-reservation; to go without, set {needed}, or leave fetch.engine=pairmill"
         ]
 
     def _curate_relations(self) -> list[str]:

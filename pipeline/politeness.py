@@ -15,6 +15,8 @@ from pipeline.reasons import Reason
 from pipeline.robots import MAX_BYTES, ROBOTS_PATH, TDM_PATH, Robots, file_url, tdm_verdict
 from pipeline.turnstile import REPLY_S, Turnstile
 
+PARSED_CHARS = 2**22
+"""Of the files that are parsed, the last ones are kept: 30 bytes for each character."""
 NOTEBOOK_PATIENCE_S = 5.0
 """A ledger that is being started again is not waited for longer: the site is asked instead."""
 
@@ -31,6 +33,7 @@ class Politeness:
         self._patience_s = NOTEBOOK_PATIENCE_S + (config.max_redirects + 1) * config.timeout_s * (config.retries + 1)
         self._wanted: dict[str, float] = {}
         self._robots: dict[str, Robots] = {}
+        self._parsed_chars = 0
         self._allowed: dict[str, float] = {}
 
     @property
@@ -88,6 +91,14 @@ class Politeness:
         self._allowed[url] = robots.crawl_delay_s if robots else 0.0
         return self._allowed[url]
 
+    def _robots_of(self, file: str, note: Note) -> Robots:
+        if file not in self._robots:
+            self._robots[file] = Robots(note.http_status, note.text, self._token)
+            self._parsed_chars += len(note.text)
+        while self._parsed_chars > PARSED_CHARS and len(self._robots) > 1:
+            self._parsed_chars -= self._robots.pop(next(iter(self._robots))).num_chars
+        return self._robots[file]
+
     def _missing(self, file: str, now: float) -> float | Need:
         """Ask the notebook, then the site. A file that never comes is trouble: sites may redirect theirs in a ring."""
         waited_s = now - self._wanted.setdefault(file, now)
@@ -100,9 +111,7 @@ class Politeness:
 
     def _refusal(self, file: str, path: str, note: Note, url: str) -> Refusal | None:
         if path == ROBOTS_PATH:
-            if file not in self._robots:
-                self._robots[file] = Robots(note.http_status, note.text, self._token)
-            verdict, reason = self._robots[file].verdict(url), Reason.ROBOTS_DISALLOWED
+            verdict, reason = self._robots_of(file, note).verdict(url), Reason.ROBOTS_DISALLOWED
         else:
             verdict, reason = tdm_verdict(note.http_status, note.text, url), Reason.OPTED_OUT
         if verdict.rule is None:

@@ -34,6 +34,8 @@ POLL_S = (0.02, 0.5)
 """How soon and, in the end, how often to ask again for a slot that others have."""
 WINDOW_PER_CONNECTION = 4
 """Hosts for which slots are asked ahead of need, a connection."""
+NOTES_CHARS, SMALL_CHARS = 2**24, 2**13
+"""Of sites' files, what a task keeps. Beyond it those of more than some lines count as not to be had for now."""
 LATER_S = 0.25
 FAILED_S = 0.5
 
@@ -58,7 +60,9 @@ class _Door:
     next_poll: float = 0.0
     poll_s: float = POLL_S[0]
     moved_at: float = 0.0
-    """When a request began, or a wait."""
+    """When a request began or ended, or a wait began."""
+    since: float = 0.0
+    """When the host was first asked for."""
 
     def may_start(self, now: float) -> bool:
         if self.busy >= self.granted or now >= self.until:
@@ -105,6 +109,7 @@ class Turnstile:
         self._doors: dict[str, _Door] = {}
         self._lines = [_Line() for _ in range(ledgers.num_shards)]
         self._notes: dict[str, Note | None] = {}
+        self._notes_chars = 0
         self._num_ahead = 0
         """Hosts that are waited for and have no request under way; exact after a tour."""
         self._next_tour = 0.0
@@ -113,16 +118,16 @@ class Turnstile:
     def ask(self, url: str, host: str, now: float, every_s: float = 0.0) -> float | None:
         """0.0: a request to the host may begin, and counts until `done`. Else seconds to wait.
 
-        None: no request of ours to this host could begin for `fetch.host_wait_s`. every_s: least time between two
-        requests, as the host wishes it.
+        None: no request of ours to this host could begin for `fetch.host_wait_s`, or those that could came so far
+        apart, by the host's own wish, that it took so long in all. every_s: that wish, the least time between two.
         """
         door = self._doors.get(host)
         if door is None:
             if self._num_ahead >= self._window:
                 return LATER_S
             self._num_ahead += 1
-            door = self._doors[host] = _Door(moved_at=now, every_s=every_s)
-        if not door.waiting and not door.busy:
+            door = self._doors[host] = _Door(moved_at=now, since=now, every_s=every_s)
+        if not door.waiting and not door.busy and now - door.asked_at > IDLE_S:
             door.moved_at = now
         door.asked_at = now
         door.every_s = every_s
@@ -136,7 +141,8 @@ class Turnstile:
         if door.may_start(now):
             self._begin(door, url, now)
             return 0.0
-        if not door.busy and now - door.moved_at > self._wait_s:
+        waited_s = max(now - door.moved_at if not door.busy else 0.0, now - door.since if every_s else 0.0)
+        if waited_s > self._wait_s:
             door.waiting.discard(url)
             self._mark(host, now)
             return None
@@ -146,7 +152,7 @@ class Turnstile:
         """A request that was let go has ended."""
         door = self._doors[host]
         door.busy -= 1
-        door.ended_at = now
+        door.ended_at = door.moved_at = now
         if door.granted <= door.busy:  # we were told to let some requests end: others wait for it
             self._mark(host, now)
             self._exchange(now)
@@ -173,7 +179,7 @@ class Turnstile:
 
     def keep(self, url: str, note: Note, now: float) -> None:
         """Tell the cluster, and ourselves, what a file says."""
-        self._notes[url] = note
+        self._remember(url, note)
         line = self._line(urlsplit(url).hostname or "")
         line.notes[url] = note
         self._tell(line, now)
@@ -187,6 +193,11 @@ class Turnstile:
                 self._ledgers.send(index, Message(self._holder, {host: Ask(0) for host in hosts}, (), line.notes))
             line.call, line.dirty, line.notes, line.due = None, {}, {}, float("inf")
         self._doors.clear()
+
+    def _remember(self, url: str, note: Note) -> None:
+        self._notes_chars += len(note.text)
+        is_kept = self._notes_chars <= NOTES_CHARS or len(note.text) <= SMALL_CHARS
+        self._notes[url] = note if is_kept else Note(None, "")
 
     def _begin(self, door: _Door, url: str, now: float) -> None:
         door.busy += 1
@@ -274,8 +285,8 @@ class Turnstile:
             line.dirty |= dict.fromkeys(told)
             line.due = now + FAILED_S
             return
-        for url in asked:
-            self._notes[url] = answer.notes.get(url, self._notes.get(url))
+        for url, note in answer.notes.items():
+            self._remember(url, note)
         for host, grant in answer.grants.items():
             self._apply(host, grant, told[host], line.sent_at, now)
 

@@ -7,8 +7,10 @@ from itertools import pairwise
 
 import pytest
 
+import pipeline.politeness
+import pipeline.turnstile
 from cluster.config import parse
-from pipeline.admission import Ended, Refusal
+from pipeline.admission import Ended, Need, Refusal
 from pipeline.config import BuildConfig, FetchConfig
 from pipeline.hosts import HORIZON_S, PATIENCE_S, TURN_S, Ask, Grant, Ledger
 from pipeline.ledgers import Answer, Desk, LocalLedgers, Message, Note, Notebook
@@ -243,6 +245,52 @@ def test_waiting_is_bounded() -> None:
     assert refusals
     assert refusals[0].reason == "host_busy"
     assert all(isinstance(answer, float) and answer > 0 for answer in answers[:50])
+
+
+def test_everybody_who_waits_for_a_host_is_told_at_the_same_time() -> None:
+    settings = config("fetch.connections_per_host=1", "fetch.host_wait_s=5")
+    ledgers = LocalLedgers(settings)
+    first, second = Turnstile(ledgers, settings), Turnstile(ledgers, settings)
+    assert first.ask("u", "h", 10.0) == 0.0
+    for step in range(50):
+        assert second.ask("v", "h", 10.0 + step / 10)
+    assert [second.ask(url, "h", 15.1) for url in ("v", "v", "w")] == [None] * 3
+    assert second.ask("v", "h", 20.0) is not None
+
+
+def test_a_crawl_delay_holds_up_a_unit_for_so_long_and_no_longer() -> None:
+    settings = config("fetch.host_wait_s=50")
+    begun, refused, jobs, now = 0, 0, 20, 10.0
+    gate = Turnstile(LocalLedgers(settings), settings)
+    clocked = Ledger(connections=8, requests_per_s=None, lease_s=LEASE_S, clock=lambda: now)
+    gate._ledgers._desk._ledger = clocked  # type: ignore[attr-defined]
+    while jobs:
+        answer = gate.ask(f"u{jobs}", "h", now, every_s=9.0)
+        if answer == 0.0:
+            begun, jobs = begun + 1, jobs - 1
+            gate.done("h", now)
+        elif answer is None:
+            refused, jobs = refused + 1, jobs - 1
+        else:
+            now += min(answer, 0.5)
+        gate.tick(now)
+    assert (begun, refused) == (6, 14)
+    assert now < 65
+
+
+def test_sites_files_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.turnstile, "NOTES_CHARS", 100)
+    monkeypatch.setattr(pipeline.turnstile, "SMALL_CHARS", 10)
+    monkeypatch.setattr(pipeline.politeness, "PARSED_CHARS", 100)
+    settings = config("fetch.robots=obey")
+    manners = Politeness(settings, LocalLedgers(settings))
+    disallowed = "User-agent: *\nDisallow: /no\n" + "# " * 30
+    answers = []
+    for host, text in (("a", disallowed), ("b", disallowed), ("c", "# small"), ("a", disallowed)):
+        while isinstance(answer := manners.ask(f"http://{host}/no", host, 10.0), Need):
+            manners.learn(answer.url, 200, text.encode())
+        answers.append(str(answer.reason) if isinstance(answer, Refusal) else "")
+    assert answers == ["robots_disallowed", "robots_unavailable", "", "robots_disallowed"]
 
 
 def test_what_is_not_used_goes_back() -> None:

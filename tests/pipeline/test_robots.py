@@ -1,5 +1,8 @@
 """robots.txt, tdmrep.json and headers: what they forbid, and which of their lines does."""
 
+import json
+import time
+
 import pytest
 
 from cluster.config import parse
@@ -89,6 +92,17 @@ def test_a_site_is_scheme_host_and_port() -> None:
 )
 def test_patterns(pattern: str, path: str, expected: bool) -> None:
     assert matches(pattern, SITE + path) is expected
+
+
+def test_hostile_files_cost_little_time() -> None:
+    lines = [f"Disallow: /{'*' * (number % 5)}a" for number in range(40_000)]
+    robots = Robots(200, "User-agent: otherbot\n" + "\n".join(lines) + "\nUser-agent: *\nDisallow: /a\n", "pairmill")
+    rules = json.dumps([{"location": f"/z{number}", "tdm-reservation": 1} for number in range(40_000)])
+    started = time.process_time()
+    for number in range(20):
+        assert robots.verdict(f"{SITE}/a/{number}").rule == "robots.txt: Disallow"
+        assert tdm_verdict(200, rules, f"{SITE}/b/{number}").rule is None
+    assert time.process_time() - started < 5
 
 
 TDM = """[
