@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cluster.errors import RequestError
 from training.command import TrainResult
-from training.models.config import VisionConfig
+from training.models.config import ModelConfig, VisionConfig
 from training.models.image_encoder import build_image_encoder
 from training.models.timm_encoder import import_timm
 
@@ -43,6 +44,17 @@ def test_a_timm_model_gives_its_own_feature_and_patches(name: str) -> None:
         moved = (encoder.patches(encoder(upper)) - patches).abs().sum(-1).view(2, encoder.grid, encoder.grid)
     if not name.startswith("vit"):
         assert (moved[:, 0].sum() > moved[:, -1].sum()).all()
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_weights_of_a_timm_classifier_are_taken_without_it(timm: Any, tmp_path: Path, name: str) -> None:
+    from training.weights.read import check_fit, read_weights
+
+    save_file(timm.create_model(name).state_dict(), tmp_path / "model.safetensors")
+    model = ModelConfig(vision=VisionConfig(timm=name))
+    weights = read_weights(str(tmp_path), model)
+    own = build_image_encoder(model.vision).state_dict()
+    check_fit(weights, {f"image.{key}": value for key, value in own.items()}, name)
 
 
 def test_a_run_with_a_timm_encoder_trains_and_is_exported_to_timm(

@@ -90,6 +90,12 @@ def create(name: str, image_size: int, **settings: Any) -> Any:
     return model
 
 
+def classifier_prefixes(name: str) -> tuple[str, ...]:
+    """Return what the names of a model's classifier begin with, which `create` leaves out."""
+    named = import_timm().get_pretrained_cfg(name).classifier or ()
+    return tuple(f"{part}." for part in ([named] if isinstance(named, str) else named))
+
+
 def import_timm() -> Any:
     """Import timm. Raises RequestError that says how to install it."""
     try:

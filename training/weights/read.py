@@ -87,9 +87,7 @@ def dialect_of(names: Collection[str]) -> Dialect:
 def read_weights(path: str, model: ModelConfig) -> Weights:
     """Return a file's weights under our names, by part; RequestError when they are of another kind of network."""
     if model.vision.kind == "timm":
-        theirs = {name: value.float() for name, value in read_file(path).items()}
-        own = any(name.startswith("image.model.") for name in theirs)
-        return theirs if own else {f"image.model.{name}": value for name, value in theirs.items()}
+        return _of_timm(read_file(path), model.vision.timm)
     theirs = read_file(path)
     dialect = dialect_of(theirs)
     if model.vision.kind != "vit" and dialect != "pairmill":
@@ -103,6 +101,16 @@ def read_weights(path: str, model: ModelConfig) -> Weights:
                 f"{_hint(extra)}"
             )
     return from_theirs(dialect, theirs, model)
+
+
+def _of_timm(theirs: Weights, name: str) -> Weights:
+    """A timm model's weights without its classifier, under timm's names or those that pairmill export writes."""
+    from training.models.timm_encoder import classifier_prefixes
+
+    if any(key.startswith("image.model.") for key in theirs):
+        return {key: value.float() for key, value in theirs.items()}
+    left_out = classifier_prefixes(name)
+    return {f"image.model.{key}": value.float() for key, value in theirs.items() if not key.startswith(left_out)}
 
 
 def _hint(extra: list[str]) -> str:
