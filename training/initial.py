@@ -70,6 +70,9 @@ def initialise(method: Method, store: Store, init: InitConfig) -> None:
     for name, parameter in method.named_parameters():
         if any(is_within(part_name(name), frozen) for frozen in init.freeze):
             parameter.requires_grad_(False)
+    for name, module in method.named_modules():
+        if any(is_within(part_name(name), frozen) for frozen in init.freeze):
+            module.eval()  # a timm model's batch normalisation would go on counting
 
 
 def take_parts(source: Mapping[str, Tensor], wanted: Mapping[str, Tensor], parts: Sequence[str], where: str) -> Weights:

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.errors import RequestError
+from cluster.store import Store
 from training.command import TrainResult
-from training.models.config import ModelConfig, VisionConfig
+from training.models.config import ModelConfig, TextConfig, VisionConfig
 from training.models.image_encoder import build_image_encoder
 from training.models.timm_encoder import import_timm
 
@@ -55,6 +56,22 @@ def test_weights_of_a_timm_classifier_are_taken_without_it(timm: Any, tmp_path: 
     weights = read_weights(str(tmp_path), model)
     own = build_image_encoder(model.vision).state_dict()
     check_fit(weights, {f"image.{key}": value for key, value in own.items()}, name)
+
+
+def test_a_frozen_encoder_does_not_count_batches(tmp_path: Path) -> None:
+    from training.config import InitConfig
+    from training.data.tokenizer import Tokenizer
+    from training.initial import initialise
+    from training.methods import ClipConfig, build_method
+
+    text = TextConfig(width=16, depth=1, heads=2, context_length=8)
+    model = ModelConfig(vision=VisionConfig(timm="resnet10t", image_size=32), text=text, embed_dim=16)
+    method = build_method("clip", ClipConfig(), model, Tokenizer())
+    initialise(method, Store(str(tmp_path)), InitConfig(freeze=["image"]))
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    method.get_submodule("towers.image")(torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
+    assert method.get_submodule("towers.text").training
 
 
 def test_a_run_with_a_timm_encoder_trains_and_is_exported_to_timm(
