@@ -1,5 +1,6 @@
 """What M3I can predict from what: its settings, and the 12 self-supervised forms of its table 2 by name."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,7 @@ from cluster.config import key
 from cluster.errors import RequestError
 from training.methods.base import MethodConfig
 from training.methods.m3i_mix import MaskKind
+from training.models.config import VisionConfig
 from training.models.predictor import PredictorConfig
 from training.schedule import Schedule
 
@@ -116,16 +118,38 @@ class M3iConfig(MethodConfig):
     def _on(self, wanted: bool | None) -> bool:
         return self.form not in FORMS if wanted is None else wanted
 
-    def refuse_unfit(self, image_size: int, patch: int, *, part_size: int, has_labels: bool) -> None:
-        """Raise RequestError for a request that cannot work; see `Method.check`. patch: side of the encoder's."""
+    def weights(self, step: int, *, has_category: bool) -> dict[str, float]:
+        """Return the weight of every term at a step.
+
+        Eq. 4 adds up target groups, so categories and captions weigh as often as an input has pictures.
+        """
+        weights, form, num_pictures = {}, self.image_form, 2 if self.mixes else 1
+        if form is not None and (self.mixes or form.same_view):
+            weights["intra"] = self.intra_weight.at(step)
+        if form is not None and not form.same_view:
+            weights["inter"] = self.inter_weight.at(step)
+        if has_category:
+            weights["category"] = num_pictures * self.category_weight.at(step)
+        if self.has_text:
+            weights["text"] = num_pictures * self.text_weight.at(step)
+        return weights
+
+    def refuse_unfit(self, vision: VisionConfig, *, part_size: int, has_labels: bool) -> None:
+        """Raise RequestError for a request that cannot work; see `Method.check`."""
         if self.category and not has_labels:
             raise RequestError("m3i.category=true: the data has no categories; name their column in data.label_column")
         if self.form == "none" and not (self.has_text or self.has_category(has_labels=has_labels)):
             raise RequestError("m3i.form=none: nothing is left to predict; set m3i.text or m3i.category")
-        cell, form = self.mix_patch or patch, self.image_form
-        if form is not None and form.masked and (image_size % cell or image_size == cell):
+        if vision.kind == "timm":
             raise RequestError(
-                f"m3i.mix_patch={cell}: does not divide model.vision.image_size={image_size} into several cells"
+                f"model.vision.timm={vision.timm}: m3i reads patches and would leave the model's own pooling "
+                "untrained; use a ViT or an InternImage"
+            )
+        side, form = vision.image_size, self.image_form
+        cell = self.mix_patch or side // math.isqrt(vision.num_patches)
+        if form is not None and form.masked and (side % cell or side == cell):
+            raise RequestError(
+                f"m3i.mix_patch={cell}: does not divide model.vision.image_size={side} into several cells"
             )
         if self.mixes and part_size % self.mix_group:
             raise RequestError(

@@ -4,8 +4,8 @@ A reading is what one encoded input says about one picture of the batch. With th
 which the input shows the target view itself, and picture j = sigma(i), of which it shows another view. Without the mix
 there is one.
 
-Legend: B batch, C colours, S side, G side of the mask's grid, N features of a view, V those of an input that a reading
-looks at, D width.
+Legend: B batch, C colours, S side, G side of the mask's grid, N features of a view, P places that are predicted, V
+features of an input that a reading looks at, D width.
 """
 
 from dataclasses import dataclass
@@ -36,11 +36,16 @@ class Reading:
     keys: Tensor | None
     """bool [B, N]: those features, where their number differs between samples; else None."""
     counted: Tensor
-    """bool [B, N]: places of the target view that are predicted: in one's own view only what is hidden, if anything."""
+    """bool [B, N]: places of the target view that are predicted: in one's own view only what is hidden, if anything;
+    [B, 1] where one feature of the whole view is."""
 
     def of(self, rows_B: Tensor) -> Tensor:
         """The rows of the pictures that it is about."""
         return rows_B if self.picture is None else rows_B[self.picture]
+
+    def in_order(self, read_B: Tensor) -> Tensor:
+        """What was read of the pictures, in the order of the pictures: the inverse of `of`."""
+        return read_B if self.picture is None else read_B[self.picture.argsort()]
 
     def pick(self, tokens_BND: Tensor) -> Tensor:
         """[B, V, D]: the features that show the picture; all of them where the encoder saw no others."""
@@ -81,16 +86,18 @@ def look(batch: Batch, config: M3iConfig, *, side: int, grid: int, drops_patches
     one_view = form is None or (form.same_view and not config.mixes)
     box_B4, other_BCSS = (target_box_B4, target_BCSS) if one_view else _cut(batch, config, side, "crop/other")
     name = "intra" if one_view else "inter"
-    all_BN = torch.ones(len(target_BCSS), grid * grid, dtype=torch.bool, device=target_BCSS.device)
+    is_global = form is not None and form.target == "global"
+    num_places = 1 if is_global else grid * grid
+    all_BP = torch.ones(len(target_BCSS), num_places, dtype=torch.bool, device=target_BCSS.device)
     input_BCSS, hidden_BGG, keep_BV, second_B = other_BCSS, None, None, None
     readings: tuple[Reading, ...]
     if form is None or not form.masked:
-        readings = (Reading(name=name, picture=None, box=box_B4, index=None, keys=None, counted=all_BN),)
+        readings = (Reading(name=name, picture=None, box=box_B4, index=None, keys=None, counted=all_BP),)
     else:
         cells = side // config.mix_patch if config.mix_patch else grid
         hidden_BGG = hidden_cells(*draw, grid=cells, ratio=config.mask_ratio, kind=config.mask)
         shown_BN, index_BV, keys_BN = _features(~hidden_BGG, grid)
-        counted_BN = ~shown_BN if one_view or config.mixes else all_BN
+        only_hidden = (one_view or config.mixes) and not is_global
         first_box_B4 = target_box_B4 if config.mixes else box_B4
         first = Reading(
             name="intra" if config.mixes else name,
@@ -98,7 +105,7 @@ def look(batch: Batch, config: M3iConfig, *, side: int, grid: int, drops_patches
             box=first_box_B4,
             index=index_BV,
             keys=keys_BN,
-            counted=counted_BN,
+            counted=~shown_BN if only_hidden else all_BP,
         )
         readings = (first,)
         if config.mixes:
@@ -106,7 +113,7 @@ def look(batch: Batch, config: M3iConfig, *, side: int, grid: int, drops_patches
             input_BCSS = mix(target_BCSS, other_BCSS[second_B], hidden_BGG)
             _, index_BV, keys_BN = _features(hidden_BGG, grid)
             second = Reading(
-                name="inter", picture=second_B, box=box_B4[second_B], index=index_BV, keys=keys_BN, counted=all_BN
+                name="inter", picture=second_B, box=box_B4[second_B], index=index_BV, keys=keys_BN, counted=all_BP
             )
             readings = (first, second)
         elif drops_patches and cells == grid:
