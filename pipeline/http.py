@@ -29,6 +29,7 @@ from pipeline.transfer import Meter, Transfer
 from pipeline.urls import UrlError, clean_url, host_of
 
 EVICT_MIN_BYTES = 2**20
+"""What is given up has at least this much, or half of the mean: beginning again is not free."""
 TOO_MANY_REQUESTS = 429
 NEEDED_MAX_BYTES = 2**19
 """Of a robots.txt: RFC 9309 asks for at least 500 KiB."""
@@ -333,7 +334,8 @@ class Downloader:
 
     def _evict(self, excess_bytes: int, now: float) -> None:
         """Give up the large transfers that began last, until the excess is gone; one always goes on."""
-        large = [transfer for transfer in self._transfers.values() if len(transfer.body) >= EVICT_MIN_BYTES]
+        least = min(EVICT_MIN_BYTES, self.held_bytes // (2 * max(1, len(self._transfers))))
+        large = [transfer for transfer in self._transfers.values() if len(transfer.body) > least]
         for transfer in reversed(large[1:]):
             if excess_bytes <= 0:
                 return

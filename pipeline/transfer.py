@@ -179,7 +179,7 @@ class Transfer:
 
     def _verdict(self, code: int, text: str) -> tuple[str | None, str | None, str | None]:
         """(reason, rule, detail), reason None for a complete 2xx body."""
-        answer = self._answer
+        answer, host = self._answer, self.job.host if self.job else ""
         stopped = answer.stopped
         if isinstance(stopped, Refusal):
             return stopped.reason.value, stopped.rule, stopped.detail
@@ -190,7 +190,7 @@ class Transfer:
             return stopped.value, None, detail
         if code == pycurl.E_COULDNT_CONNECT and answer.is_forbidden:
             return Reason.FORBIDDEN_ADDRESS.value, None, detail
-        if any(words in text for words in _MALFORMED):
+        if any(words in text.replace(host, "") for words in _MALFORMED):
             return Reason.BAD_RESPONSE.value, None, detail
         if code:
             return _REASONS.get(code, Reason.CONNECTION_FAILED).value, None, detail

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile import HostileWeb, Line, whole
+from hostile import HostileWeb, Line, head, whole
 
 import pipeline.resolver
 from pipeline.admission import Admission, Ended, Headers, Need, Refusal, Unrestricted
@@ -27,6 +27,11 @@ class Echo(HostileWeb):
         location = f"Location: /image/{argument}" if num_asked else f"Location: /cookie/{argument}"
         await line.send(whole(b"", "Set-Cookie: id=1; Path=/", location, status="302 Found"))
         return True
+
+    async def answer_steady(self, line: Line, argument: str, num_asked: int) -> bool:
+        await line.send(head("200 OK"))
+        await line.forever(bytes(2**14), 0.01)
+        return False
 
     async def answer_robots(self, line: Line, argument: str, num_asked: int) -> bool:
         await line.send(whole(b"Disallow: /private"))
@@ -122,6 +127,29 @@ def test_every_hop_has_the_limits_of_its_host(web: Echo) -> None:
     assert reasons(ended) == [None] * 20
     assert {response.num_redirects for response in ended} == {1}
     assert web.connections[target] <= 2
+
+
+def test_many_small_bodies_are_held_within_the_memory_limit(web: Echo) -> None:
+    limit_bytes, most, ended = 1_000_000, 0, []
+    config = FetchConfig(**QUICK, allow_addresses=["127.0.0.0/8"], max_bytes=400_000)
+    with Downloader(config) as downloader:
+        assert downloader.poll(0.0, -1) == []
+        for host in [host for host in HOSTS[:6] for _ in range(2)]:
+            downloader.submit(0, web.url("steady", host))
+        for _ in range(10_000):
+            ended += downloader.poll(0.1, limit_bytes)
+            most = max(most, downloader.held_bytes)
+            if not downloader.num_open:
+                break
+    assert reasons(ended) == ["too_large"] * 12
+    assert most < 2 * limit_bytes
+
+
+def test_what_a_host_is_called_does_not_change_what_its_failure_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.4.1", 0))
+    monkeypatch.setattr(pipeline.resolver.socket, "getaddrinfo", lambda *name, **more: [answer])
+    url = "http://chunk-hexadecimal.example:9/"
+    assert reasons(download([url], allow_addresses=["127.0.4.1"])) == ["connection_failed"]
 
 
 def test_a_long_retry_after_parks_the_rest_of_the_host_at_once(web: Echo) -> None:
