@@ -58,6 +58,24 @@ def test_weights_of_a_timm_classifier_are_taken_without_it(timm: Any, tmp_path: 
     check_fit(weights, {f"image.{key}": value for key, value in own.items()}, name)
 
 
+def test_activations_are_computed_again_where_the_model_can() -> None:
+    from training.engine import checkpoint_activations
+
+    encoder = build_image_encoder(VisionConfig(timm="vit_tiny_patch16_224", image_size=32))
+    pixels = torch.randn(2, 3, 32, 32)
+    gradients, calls = [], []
+    encoder.get_submodule("model.blocks.5").register_forward_pre_hook(lambda *_: calls.append(1))
+    for enabled in (False, True):
+        checkpoint_activations(encoder, enabled)
+        encoder.zero_grad()
+        encoder.pool(encoder(pixels)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    assert len(calls) == 3, "once, then forth and again"
+    torch.testing.assert_close(gradients[0], gradients[1])
+    with pytest.raises(RequestError, match="activation_checkpointing=true: timm's pit_ti_224 cannot"):
+        checkpoint_activations(build_image_encoder(VisionConfig(timm="pit_ti_224", image_size=224)), True)
+
+
 def test_a_frozen_encoder_does_not_count_batches(tmp_path: Path) -> None:
     from training.config import InitConfig
     from training.data.tokenizer import Tokenizer

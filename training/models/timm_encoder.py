@@ -29,6 +29,7 @@ class TimmEncoder(ImageEncoder):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.name = config.timm
+        self._checkpoints = False
         self.model: Any = create(config.timm, config.image_size)
         # Called as a module, not by method: ZeRO-3 fetches the parameters that a model itself holds at its call.
         self.model.forward = self.model.forward_features
@@ -41,6 +42,21 @@ class TimmEncoder(ImageEncoder):
         num_cells = math.prod(shape[1:]) // self.width - self.num_prefix_tokens
         self.grid = math.isqrt(num_cells)
         self.side_is_known = self.grid**2 == num_cells
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether the model computes activations again in the backward pass. Set: RequestError if it cannot."""
+        return self._checkpoints
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, enabled: bool) -> None:
+        if enabled == self._checkpoints:
+            return
+        try:
+            self.model.set_grad_checkpointing(enabled)
+        except (AttributeError, AssertionError) as error:
+            raise RequestError(f"train.activation_checkpointing=true: timm's {self.name} cannot do that") from error
+        self._checkpoints = enabled
 
     def forward(self, pixels_BCSS: Tensor, keep_BV: Tensor | None = None) -> Tensor:
         """Return tokens [B, L, D]: what stands before the patches in the model, if anything, then the patches."""
