@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from training.losses.distributed import Gathered, LossSum, Scope, all_reduce_sum, divide, gather
-from training.methods.base import Batch, Embedded, Method, Output, Sums, combine, weighted
+from training.methods.base import Method
+from training.methods.values import Batch, Embedded, Output, Sums, combine, weighted
 
 
 class Call(Protocol):

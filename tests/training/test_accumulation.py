@@ -14,7 +14,7 @@ from training.accumulation import accumulate
 from training.config import check_parts
 from training.engine import checkpoint_activations
 from training.methods import Batch, Method
-from training.methods.base import Embedded
+from training.methods.values import Embedded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "numerics"))
 import tiny

@@ -68,3 +68,9 @@ def test_a_picture_of_one_patch_leaves_nothing_to_hide(train_tiny: Callable[...,
 def test_an_unknown_pooling_is_refused_with_the_known_ones(train_tiny: Train, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"model\.vision\.pooling=gap.*'mean', 'class', 'max' or 'map'"):
         train_tiny(tmp_path / "run", "model.vision.pooling=gap")
+
+
+@pytest.mark.parametrize("word", ["slip.crop_scale=[0.9,0.5]", "slip.ssl_crop_scale=[0,1]", "mae.crop_scale=[0.5,2]"])
+def test_a_crop_that_no_picture_has_is_refused(train_tiny: Train, tmp_path: Path, word: str) -> None:
+    with pytest.raises(RequestError, match=r"crop_scale=\[.*least and most share of the area"):
+        train_tiny(tmp_path / "run", f"method={word.partition('.')[0]}", word)

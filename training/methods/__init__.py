@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from training.data.tokenizer import Tokenizer
-from training.methods.base import Batch, Embedded, Method, MethodConfig, Output, Shown, Sums
+from training.methods.base import Method, MethodConfig
 from training.methods.clip import Clip, ClipConfig
 from training.methods.m3ae import M3ae, M3aeConfig
 from training.methods.m3i import M3i
@@ -14,6 +14,7 @@ from training.methods.mug import Mug, MugConfig
 from training.methods.rils import Rils, RilsConfig
 from training.methods.siglip import Siglip, SiglipConfig
 from training.methods.slip import Slip, SlipConfig
+from training.methods.values import Batch, Embedded, Output, Shown, Sums
 from training.models.config import ModelConfig
 
 METHODS: dict[str, type[Method]] = {

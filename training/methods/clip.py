@@ -15,7 +15,8 @@ from training.data.transforms import evaluation_view
 from training.losses.distributed import Gathered, LossSum, Scope
 from training.losses.info_nce import info_nce, matched
 from training.losses.similarity import scale, unit
-from training.methods.base import Batch, Embedded, Method, MethodConfig, Sums, mean_of
+from training.methods.base import Method, MethodConfig
+from training.methods.values import Batch, Embedded, Sums, mean_of
 from training.methods.views import captions_cut, crop, read_captions
 from training.models.config import ModelConfig
 from training.models.towers import Towers

@@ -14,7 +14,8 @@ from training.data.tokenizer import Tokenizer
 from training.losses.distributed import LossSum
 from training.losses.masked_text import masked_text
 from training.losses.pixels import normalised_patches, patch_error, patchify
-from training.methods.base import Batch, MethodConfig, Shown
+from training.methods.base import MethodConfig
+from training.methods.values import Batch, Shown
 from training.methods.views import Captions, masked_pictures, read_captions, reconstructed_pictures, to_pictures
 from training.models.blocks import take_tokens
 from training.models.config import ModelConfig, VisionConfig

@@ -14,7 +14,7 @@ from training.data.tokenizer import Tokenizer
 from training.data.transforms import evaluation_view
 from training.losses.distributed import Gathered
 from training.losses.similarity import unit
-from training.methods.base import Batch, CaptionNeed, Embedded, Method, MethodConfig, Shown, Sums
+from training.methods.base import CaptionNeed, Method, MethodConfig
 from training.methods.generative import (
     GenerativeConfig,
     Hidden,
@@ -24,6 +24,7 @@ from training.methods.generative import (
     hide_at_random,
     show_hidden,
 )
+from training.methods.values import Batch, Embedded, Shown, Sums
 from training.methods.views import Captions, captions_cut, crop, read_captions, refuse_trained_pooling
 from training.models.config import ModelConfig
 from training.models.decoder import DecoderConfig

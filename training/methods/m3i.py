@@ -21,11 +21,11 @@ from training.losses.feature_prediction import feature_prediction, outer_product
 from training.losses.info_nce import info_nce
 from training.losses.pixels import denormalised_patches, patchify, unpatchify
 from training.losses.similarity import scale, unit
-from training.methods.base import Batch, Embedded, Output, Shown, Sums, combine, mean_of
 from training.methods.m3i_balance import Balance
 from training.methods.m3i_forms import M3iConfig
 from training.methods.m3i_networks import M3iNetworks
 from training.methods.m3i_views import Views, look, show_views
+from training.methods.values import Batch, Embedded, Output, Shown, Sums, combine, mean_of
 from training.methods.views import captions_cut, to_pictures
 from training.models.blocks import take_tokens
 from training.models.config import ModelConfig

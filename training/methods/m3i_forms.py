@@ -6,7 +6,7 @@ from typing import Literal
 
 from cluster.config import key
 from cluster.errors import RequestError
-from training.methods.base import MethodConfig
+from training.methods.base import CropScale, MethodConfig
 from training.methods.m3i_mix import MaskKind
 from training.models.config import VisionConfig
 from training.models.predictor import PredictorConfig
@@ -63,7 +63,7 @@ FORMS: dict[FormName, Form] = {
 class M3iConfig(MethodConfig):
     """Keys of M3I. Where the paper is silent, the defaults are those of SiameseIM, which it builds on."""
 
-    crop_scale: tuple[float, float] = key((0.2, 1.0), "least and most share of a picture's area that a crop keeps")
+    crop_scale: CropScale = key((0.2, 1.0), "least and most share of a picture's area that a crop keeps")
     flip: bool = key(True, "mirror half of the views")
     form: FormName = key(
         "m3i",

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from training.data.transforms import normalise, resample, view_boxes
-from training.methods.base import Batch
 from training.methods.m3i_forms import M3iConfig
 from training.methods.m3i_mix import enlarge, hidden_cells, mix, partners, seen_features
+from training.methods.values import Batch
 from training.methods.views import to_pictures
 from training.models.blocks import take_tokens
 

@@ -16,7 +16,8 @@ from training.data.transforms import evaluation_view
 from training.losses.distributed import Gathered
 from training.losses.pixels import normalised_patches, patch_error, patchify
 from training.losses.similarity import unit
-from training.methods.base import Batch, CaptionNeed, Embedded, Method, MethodConfig, Shown, Sums
+from training.methods.base import CaptionNeed, CropScale, Method, MethodConfig
+from training.methods.values import Batch, Embedded, Shown, Sums
 from training.methods.views import crop, masked_pictures, reconstructed_pictures, refuse_trained_pooling, to_pictures
 from training.models.blocks import take_tokens
 from training.models.config import ModelConfig
@@ -29,7 +30,7 @@ from training.models.vit import VisionTransformer
 class MaeConfig(MethodConfig):
     """Keys of MAE; the defaults are its paper's."""
 
-    crop_scale: tuple[float, float] = key((0.2, 1.0), "least and most share of a picture's area that a crop keeps")
+    crop_scale: CropScale = key((0.2, 1.0), "least and most share of a picture's area that a crop keeps")
     flip: bool = key(True, "mirror half of the pictures")
     mask_ratio: float = key(0.75, "share of the patches that the encoder does not see", gt=0, lt=1)
     target: Literal["pixels", "features"] = key(

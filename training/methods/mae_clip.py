@@ -15,7 +15,7 @@ from training.data.tokenizer import Tokenizer
 from training.losses.distributed import Gathered
 from training.losses.info_nce import matched
 from training.losses.similarity import unit
-from training.methods.base import Batch, Embedded, MethodConfig, Shown, Sums
+from training.methods.base import MethodConfig
 from training.methods.clip import Clip, ClipConfig
 from training.methods.generative import (
     GenerativeConfig,
@@ -26,6 +26,7 @@ from training.methods.generative import (
     hide_at_random,
     show_hidden,
 )
+from training.methods.values import Batch, Embedded, Shown, Sums
 from training.methods.views import Captions, read_captions
 from training.models.config import ModelConfig
 from training.models.decoder import DecoderConfig

@@ -15,8 +15,9 @@ from training.losses.captioning import caption_generation, predicted_places
 from training.losses.distributed import Gathered, LossSum
 from training.losses.masked_text import masked_text
 from training.losses.pixels import patch_error
-from training.methods.base import Batch, CaptionNeed, Embedded, MethodConfig, Shown, Sums
+from training.methods.base import CaptionNeed, MethodConfig
 from training.methods.mae import Mae, MaeConfig
+from training.methods.values import Batch, Embedded, Shown, Sums
 from training.methods.views import Captions, captions_cut, crop, read_captions
 from training.models.blocks import take_tokens
 from training.models.caption_decoder import CaptionDecoder, CaptionDecoderConfig

@@ -17,8 +17,9 @@ from training.losses.info_nce import matched
 from training.losses.language_reconstruction import language_reconstruction
 from training.losses.pixels import normalised_patches, patch_error, patchify
 from training.losses.similarity import unit
-from training.methods.base import Batch, Embedded, MethodConfig, Shown, Sums
+from training.methods.base import MethodConfig
 from training.methods.clip import Clip, ClipConfig
+from training.methods.values import Batch, Embedded, Shown, Sums
 from training.methods.views import masked_pictures, reconstructed_pictures, to_pictures
 from training.models.blocks import take_tokens
 from training.models.config import ModelConfig

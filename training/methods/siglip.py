@@ -12,8 +12,8 @@ from training.data.tokenizer import Tokenizer
 from training.losses.distributed import Gathered, LossSum
 from training.losses.siglip import sigmoid_pairs
 from training.losses.similarity import scale
-from training.methods.base import Embedded
 from training.methods.clip import Clip, ClipConfig
+from training.methods.values import Embedded
 from training.models.config import ModelConfig
 
 

@@ -14,8 +14,9 @@ from training.data.tokenizer import Tokenizer
 from training.losses.distributed import Gathered
 from training.losses.simclr import simclr
 from training.losses.similarity import unit
-from training.methods.base import Batch, Embedded, MethodConfig, Shown, Sums
+from training.methods.base import CropScale, MethodConfig
 from training.methods.clip import Clip, ClipConfig
+from training.methods.values import Batch, Embedded, Shown, Sums
 from training.methods.views import to_pictures
 from training.models.config import ModelConfig
 from training.schedule import Schedule
@@ -29,7 +30,7 @@ class SlipConfig(ClipConfig):
 
     ssl_weight: Schedule = key(Schedule(value=1.0), "weight of the loss between views")
     ssl_temperature: float = key(0.1, "temperature of the loss between views", gt=0)
-    ssl_crop_scale: tuple[float, float] = key((0.08, 1.0), "least and most share of the area that a view keeps")
+    ssl_crop_scale: CropScale = key((0.08, 1.0), "least and most share of the area that a view keeps")
     ssl_hidden: int = key(4096, "hidden width of the projection of views", ge=1)
     ssl_dim: int = key(256, "width of the space of views", ge=2)
 

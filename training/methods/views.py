@@ -14,7 +14,8 @@ from training.data.tokenizer import Tokenizer
 from training.data.transforms import denormalise, training_view
 from training.losses.distributed import LossSum
 from training.losses.pixels import denormalised_patches, patchify, unpatchify
-from training.methods.base import Batch, MethodConfig, mean_of
+from training.methods.base import MethodConfig
+from training.methods.values import Batch, mean_of
 from training.models.config import TextConfig, VisionConfig
 
 

@@ -9,28 +9,21 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from cluster.config import Config, key
+from cluster.config import key
 from training.models.blocks import Attention, Blocks, attend
 from training.models.config import Shape
+from training.models.decoder import DecoderConfig
 
 
-class CaptionDecoderConfig(Config):
+class CaptionDecoderConfig(DecoderConfig):
     """The shape of the caption decoder; the paper gives none."""
 
-    width: int = key(512, "width", ge=8)
     depth: int = key(6, "layers", ge=1)
     text_depth: int = key(3, "how many of them, the first ones, see words alone; the others see the picture too", ge=0)
     heads: int = key(8, "attention heads", ge=1)
 
-    @property
-    def shape(self) -> Shape:
-        """The transformer's shape."""
-        return Shape(width=self.width, depth=self.depth, heads=self.heads, mlp_width=4 * self.width)
-
     @model_validator(mode="after")
-    def _shapes_fit(self) -> "CaptionDecoderConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width}: has to be a multiple of heads={self.heads}")
+    def _a_layer_sees(self) -> "CaptionDecoderConfig":
         if self.text_depth >= self.depth:
             raise ValueError(f"text_depth={self.text_depth}: has to leave one of depth={self.depth} layers that sees")
         return self

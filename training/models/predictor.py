@@ -4,32 +4,21 @@ Legend: B batch, V tokens of the input view, N patches of the target view, K val
 """
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
-from cluster.config import Config, key
+from cluster.config import key
 from training.models.blocks import Blocks
 from training.models.config import Shape
+from training.models.decoder import DecoderConfig
 from training.models.relative import sincos_places
 
 
-class PredictorConfig(Config):
+class PredictorConfig(DecoderConfig):
     """The shape of the predictor: 4 layers (M3I), 768 wide (SiameseIM)."""
 
-    width: int = key(768, "width", ge=8)
+    width: int = key(768, "width", ge=8, multiple_of=8)
     depth: int = key(4, "number of blocks", ge=1)
     heads: int = key(12, "attention heads", ge=1)
-
-    @property
-    def shape(self) -> Shape:
-        """The transformer's shape."""
-        return Shape(width=self.width, depth=self.depth, heads=self.heads, mlp_width=4 * self.width)
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> "PredictorConfig":
-        if self.width % self.heads or self.width % 8:
-            raise ValueError(f"width={self.width}: has to be a multiple of 8 and of heads={self.heads}")
-        return self
 
 
 class Predictor(nn.Module):
