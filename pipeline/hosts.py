@@ -20,29 +20,35 @@ PATIENCE_S = 3.0
 HORIZON_S = 1.0
 """Starts under a rate are handed out at most this far ahead: a task that dies wastes no more."""
 SWEEP_S = 60.0
+LONGEST_CLOSED_S = 24 * 3_600.0
+"""No Retry-After is obeyed for longer."""
 
 
 class Ask(NamedTuple):
     """What a task says of one host. wanted: slots that it could use, 0 gives all back. busy: requests under way.
-    starts: requests that wait to begin. every_s: the host's own wish for the time between two requests, 0 none."""
+    starts: requests that wait to begin. every_s: the host's own wish for the time between two requests, 0 none.
+    closed_s: it has just asked to be left alone for so long."""
 
     wanted: int
     busy: int = 0
     starts: int = 0
     every_s: float = 0.0
+    closed_s: float = 0.0
 
 
 class Grant(NamedTuple):
     """The answer. slots: requests that may be under way; fewer than now means that some are to end first.
 
     Where the host has a rate (`every_s` > 0), `starts` requests may begin, the first in `first_s` and the others
-    `every_s` apart; with `starts` 0 it is worth asking again in `first_s`.
+    `every_s` apart; with `starts` 0 it is worth asking again in `first_s`. Nothing may begin for `closed_s`: the host
+    has told some task so.
     """
 
     slots: int
     starts: int = 0
     first_s: float = 0.0
     every_s: float = 0.0
+    closed_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -58,6 +64,7 @@ class _Host:
     queue: dict[str, float] = field(default_factory=dict)
     """Tasks without a slot, in the order in which they came -> when they last asked."""
     next_start: float = 0.0
+    closed_until: float = 0.0
 
     def forget(self, now: float) -> None:
         """Drop leases that ran out and waiters that no longer ask."""
@@ -67,7 +74,7 @@ class _Host:
             del self.queue[holder]
 
     def is_idle(self, now: float) -> bool:
-        return not self.leases and not self.queue and self.next_start <= now
+        return not self.leases and not self.queue and max(self.next_start, self.closed_until) <= now
 
 
 class Ledger:
@@ -109,6 +116,7 @@ class Ledger:
     def _answer(self, name: str, holder: str, ask: Ask, now: float) -> Grant:
         host = self._hosts.setdefault(name, _Host())
         host.forget(now)
+        host.closed_until = max(host.closed_until, now + min(ask.closed_s, LONGEST_CLOSED_S))
         slots = self._slots(host, holder, ask, now)
         held = max(slots, ask.busy)
         lease = host.leases.pop(holder, None)
@@ -119,14 +127,14 @@ class Ledger:
             host.queue[holder] = now
         else:
             host.queue.pop(holder, None)
-        grant = self._paced(host, slots, ask, now)
+        grant = self._paced(host, slots, ask, now)._replace(closed_s=host.closed_until - now)
         if host.is_idle(now):
             del self._hosts[name]
         return grant
 
     def _slots(self, host: _Host, holder: str, ask: Ask, now: float) -> int:
         """How many slots a task may hold: all that are free if nobody waits, else an equal share, in turns."""
-        if not ask.wanted or now < self._silent_until:
+        if not ask.wanted or now < max(self._silent_until, host.closed_until):
             return 0
         room = max(0, self._connections - sum(lease.slots for who, lease in host.leases.items() if who != holder))
         waiting = [who for who in host.queue if who != holder]

@@ -42,6 +42,10 @@ class Politeness:
         return self._turnstile.num_calls
 
     def ask(self, url: str, host: str, now: float) -> float | Refusal | Need:
+        closed_s = self._turnstile.closed_s(host, now)
+        if closed_s > self._config.max_wait_s:
+            detail = f"asks to be left alone for {closed_s:.0f} s more"
+            return Refusal(reason=Reason.HOST_UNAVAILABLE, rule="retry-after", detail=detail)
         every_s = 0.0
         if self._paths and urlsplit(url).path not in (ROBOTS_PATH, TDM_PATH):
             judged = self._judged(url, now)
@@ -60,7 +64,7 @@ class Politeness:
         return wait_s
 
     def done(self, host: str, ended: Ended, now: float) -> None:
-        self._turnstile.done(host, now)
+        self._turnstile.done(host, now, ended.retry_after_s or 0.0)
 
     def tick(self, now: float) -> None:
         self._turnstile.tick(now)

@@ -37,6 +37,8 @@ WINDOW_PER_CONNECTION = 4
 NOTES_CHARS, SMALL_CHARS = 2**24, 2**13
 """Of sites' files, what a task keeps. Beyond it those of more than some lines count as not to be had for now."""
 LATER_S = 0.25
+CLOSED_S = 1.0
+"""How often to look at a host that has asked to be left alone."""
 FAILED_S = 0.5
 
 
@@ -61,11 +63,15 @@ class _Door:
     poll_s: float = POLL_S[0]
     moved_at: float = 0.0
     """When a request began or ended, or a wait began."""
+    closed_until: float = 0.0
+    """The host has told us, or another task, to leave it alone until then."""
+    news_until: float = 0.0
+    """The same, if we know it and the ledger does not."""
     since: float = 0.0
     """When the host was first asked for."""
 
     def may_start(self, now: float) -> bool:
-        if self.busy >= self.granted or now >= self.until:
+        if self.busy >= self.granted or not self.closed_until <= now < self.until:
             return False
         if self.starts is None:
             return True
@@ -75,7 +81,7 @@ class _Door:
 
     def lacks(self, limit: int, now: float) -> bool:
         """Whether the ledger could give what is missing for another request."""
-        if now < self.next_poll:
+        if now < max(self.next_poll, self.closed_until):
             return False
         return now >= self.until or self.granted <= self.busy < limit or (self.starts is not None and not self.starts)
 
@@ -148,12 +154,20 @@ class Turnstile:
             return None
         return self._delay(host, door, now)
 
-    def done(self, host: str, now: float) -> None:
-        """A request that was let go has ended."""
+    def closed_s(self, host: str, now: float) -> float:
+        """For how long a host wants to be left alone, as far as we know."""
+        door = self._doors.get(host)
+        return max(0.0, door.closed_until - now) if door else 0.0
+
+    def done(self, host: str, now: float, closed_s: float = 0.0) -> None:
+        """A request that was let go has ended. closed_s: the host wants to be left alone for so long."""
         door = self._doors[host]
         door.busy -= 1
         door.ended_at = door.moved_at = now
-        if door.granted <= door.busy:  # we were told to let some requests end: others wait for it
+        if closed_s:
+            door.news_until = max(door.news_until, now + closed_s)
+            door.closed_until = max(door.closed_until, door.news_until)
+        if closed_s or door.granted <= door.busy:  # we were told to let some requests end: others wait for it
             self._mark(host, now)
             self._exchange(now)
 
@@ -214,6 +228,8 @@ class Turnstile:
         line = self._line(host)
         if host in line.dirty or host in line.told:
             return REPLY_S
+        if door.closed_until > now:
+            return max(REPLY_S, min(CLOSED_S, door.closed_until - now))
         if door.starts:
             return max(REPLY_S, door.starts[0] - now)
         return max(REPLY_S, min(door.next_poll, door.until) - now)
@@ -260,7 +276,7 @@ class Turnstile:
                     wanted = min(self._limit, door.busy + max(door.busy, len(door.waiting)))
                 door.peak = door.busy
                 starts = max(0, len(door.waiting) - len(door.starts or ()))
-                told[host] = Ask(wanted, door.busy, starts, door.every_s)
+                told[host] = Ask(wanted, door.busy, starts, door.every_s, max(0.0, door.news_until - now))
                 door.granted = min(door.granted, wanted)  # what is given back is not used while the call is under way
                 door.told_at = now
         message = Message(self._holder, told, tuple(line.questions), line.notes)
@@ -294,6 +310,10 @@ class Turnstile:
         door = self._doors[host]
         door.granted = grant.slots
         door.until = sent_at + self._usable_s
+        if grant.closed_s > 0:
+            door.closed_until = max(door.closed_until, now + grant.closed_s)
+        if door.news_until <= sent_at + ask.closed_s:  # else there is more news already
+            door.news_until = 0.0
         if grant.every_s:
             door.spacing_s = grant.every_s
             door.starts = door.starts or deque()

@@ -113,6 +113,19 @@ def test_saying_it_twice_changes_nothing(clock: Clock) -> None:
     assert slots(book, "c", 2) == 2
 
 
+def test_a_host_that_wants_to_be_left_alone_is_left_alone_by_all(clock: Clock) -> None:
+    book = ledger(clock)
+    assert slots(book, "a", 2, 2) == 2
+    grant = book.call("a", {"h": Ask(2, 1, closed_s=10.0)})["h"]
+    assert (grant.slots, grant.closed_s) == (0, 10.0)
+    assert book.call("b", {"h": Ask(1)})["h"][::4] == (0, 10.0)
+    book.call("a", {"h": Ask(0)})
+    clock.now += 5
+    assert book.call("b", {"h": Ask(1, closed_s=2.0)})["h"][::4] == (0, 5.0)
+    clock.now += 5.1
+    assert slots(book, "b", 1) == 1
+
+
 def test_nothing_is_remembered_of_hosts_that_nobody_uses(clock: Clock) -> None:
     book = ledger(clock, rate=1.0)
     book.call("a", {f"h{number}": Ask(1, 0, 1) for number in range(1_000)})
@@ -398,6 +411,38 @@ def test_a_hosts_wish_holds_from_the_first_request_that_knows_it() -> None:
     answers = [gate.ask(url, "h", 10.1, 60.0) for url in ("a", "b")]
     assert answers[0] == 0.0
     assert answers[1] != 0.0
+
+
+def test_a_retry_after_holds_for_every_task() -> None:
+    settings = config("fetch.max_wait_s=60")
+    ledgers = LocalLedgers(settings)
+    first, second = Politeness(settings, ledgers), Politeness(settings, ledgers)
+    for host, seconds in (("short", 40.0), ("long", 400.0)):
+        assert first.ask(f"http://{host}/1", host, 10.0) == 0.0
+        first.done(host, Ended(reason="http_429", http_status=429, retry_after_s=seconds), 10.1)
+    answers = {host: [second.ask(f"http://{host}/2", host, now) for now in (10.2, 10.3)] for host in ("short", "long")}
+    assert all(isinstance(answer, float) and answer > 0 for answer in answers["short"])
+    refusal = answers["long"][1]
+    assert isinstance(refusal, Refusal)
+    assert (refusal.reason, refusal.rule) == ("host_unavailable", "retry-after")
+
+
+def test_news_of_a_retry_after_survives_a_call_that_fails() -> None:
+    settings = config()
+    ledgers = SlowLedgers(settings)
+    gate = Turnstile(ledgers, settings)
+    gate.ask("u", "h", 10.0)
+    gate.ask("u", "h", 10.002)
+    ledgers.answer()
+    assert gate.ask("u", "h", 10.01) == 0.0
+    gate.done("h", 10.02, closed_s=5.0)
+    gate.tick(10.2)
+    ledgers.fail()
+    for now in (10.4, 11.0):
+        gate.tick(now)
+    [(_, message, _)] = ledgers.calls
+    assert message.asks["h"].closed_s == pytest.approx(4.02)
+    assert gate.ask("u", "h", 15.0) != 0.0
 
 
 def test_ended_requests_free_their_place() -> None:
