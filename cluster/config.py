@@ -27,7 +27,9 @@ REQUIRED: Any = PydanticUndefined
 class Config(BaseModel):
     """Base of every configuration: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, validate_default=True, allow_inf_nan=False
+    )
 
     shorthand: ClassVar[str] = ""
     """The key that a plain word goes to when it is given for the whole group: model=NAME for model.preset=NAME."""

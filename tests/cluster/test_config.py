@@ -166,3 +166,8 @@ def test_a_group_without_a_shorthand_still_refuses_a_word() -> None:
 
     with pytest.raises(RequestError, match="car=red: this is a group of keys"):
         parse(Garage, ["car=red"])
+
+
+@pytest.mark.parametrize("word", ["inf", "nan", "1e999"])
+def test_numbers_are_finite(word: str) -> None:
+    assert refusal("input=a", f"fetch.timeout_s={word}").startswith(f"fetch.timeout_s={word}: Input should be a finite")
