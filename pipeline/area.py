@@ -37,7 +37,11 @@ def load_kernel() -> Any:
     if found is None or found.origin is None:
         log.info("pipeline/_area.c was not compiled: OpenCV shrinks images in its place, with the same result")
         return None
-    function = ctypes.CDLL(found.origin).pairmill_shrink_area
+    try:
+        function = ctypes.CDLL(found.origin).pairmill_shrink_area
+    except (OSError, AttributeError) as error:  # compiled for another machine
+        log.warning("%s: OpenCV shrinks images in its place, with the same result", error)
+        return None
     place, number = ctypes.c_void_p, ctypes.c_int
     function.argtypes = (place, number, number, place, number, number)
     function.restype = number

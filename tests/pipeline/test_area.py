@@ -1,4 +1,6 @@
 import shutil
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,6 +20,15 @@ def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_kernel_is_there_where_a_compiler_was() -> None:
     assert load_kernel() is not None or shutil.which("cc") is None
+
+
+def test_a_kernel_that_cannot_be_loaded_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "_area.so").write_bytes(b"\x7fELF of another machine")
+    monkeypatch.setattr(area, "find_spec", lambda name: ModuleSpec(name, None, origin=str(tmp_path / "_area.so")))
+    assert load_kernel.__wrapped__() is None
+    assert "_area.so" in caplog.text
 
 
 def test_shrinking_equals_opencvs_area_averaging_to_the_bit(either_way: None) -> None:
