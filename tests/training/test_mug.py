@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from training.data.tokenizer import Tokenizer
-from training.losses.captioning import caption_generation
+from training.losses.distributed import LossSum
+from training.losses.masked_text import masked_text, predicted_places
 from training.methods import METHODS, Batch, ModelConfig, build_method
 from training.methods.mug import Mug
 from training.methods.views import read_captions
@@ -70,12 +71,18 @@ def train(method: Mug, num_steps: int) -> list[dict[str, float]]:
     return found
 
 
+def caption_loss(logits: Tensor, ids: Tensor, ends: Tensor) -> LossSum:
+    """As `Mug.caption` has it, of scores at all places."""
+    wanted = predicted_places(ends, ids.shape[1])
+    return masked_text(logits[wanted.roll(-1, 1)], ids[wanted])
+
+
 def test_caption_loss_equals_the_hand_computed_case() -> None:
     # <start> a <end> -: two tokens are predicted, with probabilities 1/2 and 1/4; the second caption is empty.
     ids = torch.tensor([[1, 3, 2, 0], [1, 2, 0, 0]])
     logits = torch.zeros(2, 4, 4)
     logits[0, 0] = torch.tensor([0.0, 0.0, 0.0, math.log(3)])  # 3 of 6 for token 3
-    loss = caption_generation(logits, ids, end_B=torch.tensor([2, 1]))
+    loss = caption_loss(logits, ids, torch.tensor([2, 1]))
     assert loss.sum.item() == pytest.approx(math.log(2) + math.log(4))
     assert loss.count.item() == 2
 
@@ -90,7 +97,7 @@ def test_caption_loss_equals_a_loop_over_words() -> None:
             if ends[row] > 1:
                 p = logits[row, place - 1].exp() / logits[row, place - 1].exp().sum()
                 terms.append(-math.log(p[ids[row, place]]))
-    loss = caption_generation(logits, ids, ends)
+    loss = caption_loss(logits, ids, ends)
     assert loss.count.item() == len(terms) == 10
     assert loss.sum.item() == pytest.approx(sum(terms), rel=1e-5)
 
@@ -101,11 +108,16 @@ def test_a_word_sees_what_precedes_it_and_the_picture(text_depth: int) -> None:
     config = CaptionDecoderConfig(width=16, depth=3, text_depth=text_depth, heads=2)
     decoder = CaptionDecoder(config, picture_width=12, vocabulary_size=9, length=6, causal=True)
     ids, picture = torch.randint(0, 9, (2, 6)), torch.randn(2, 5, 12)
-    scores = decoder(ids, picture)
-    later = decoder(torch.cat([ids[:, :4], (ids[:, 4:] + 1) % 9], dim=1), picture)
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+
+    def score(ids: Tensor, picture: Tensor) -> Tensor:
+        return decoder(ids, picture, at_BL=everywhere).view(2, 6, 9)  # type: ignore[no-any-return]
+
+    scores = score(ids, picture)
+    later = score(torch.cat([ids[:, :4], (ids[:, 4:] + 1) % 9], dim=1), picture)
     torch.testing.assert_close(later[:, :4], scores[:, :4])
     assert not torch.allclose(later[:, 4:], scores[:, 4:])
-    other = decoder(ids, picture.flip(0))
+    other = score(ids, picture.flip(0))
     assert (other - scores).abs().amax((0, 2)).min() > 1e-4  # at every place
     assert len(decoder.layers) == 3 - text_depth
 
@@ -119,8 +131,8 @@ def test_words_alone_do_not_see_the_picture() -> None:
     assert decoder.text_layers is not None
     decoder.text_layers.register_forward_hook(lambda module, inputs, output: seen.append(output))
     ids = torch.randint(0, 9, (2, 6))
-    decoder(ids, torch.randn(2, 5, 12))
-    decoder(ids, torch.randn(2, 5, 12))
+    decoder(ids, torch.randn(2, 5, 12), at_BL=ids >= 0)
+    decoder(ids, torch.randn(2, 5, 12), at_BL=ids >= 0)
     assert torch.equal(seen[0], seen[1])
 
 
@@ -162,8 +174,7 @@ def test_a_hidden_word_is_not_seen() -> None:
     visible = torch.randn(6, 4, 16)
 
     def scores(ids: Tensor) -> Tensor:
-        found: Tensor = method.caption_decoder(ids, visible, keys_BL=captions.keys, hidden_BL=hidden)
-        return found
+        return method._scores(visible, replace(captions, ids=ids), hidden)
 
     changed = torch.where(hidden, (captions.ids + 1) % method.tokenizer.vocabulary_size, captions.ids)
     assert not torch.equal(changed, captions.ids)

@@ -1,7 +1,7 @@
 """What M3AE and MAE-CLIP share: both modalities are hidden in part, and one decoder predicts what is hidden.
 
 Legend: B batch, C colours, S side, L tokens of a caption, N patches, V visible, M masked, K values of a patch,
-W vocabulary.
+T masked words of all captions, W vocabulary.
 """
 
 from dataclasses import dataclass
@@ -75,13 +75,13 @@ def generative_losses(
     patch_size: int,
 ) -> dict[str, LossSum]:
     """Return `image` (eq. 3) and `text` (eq. 4). predicted: what `CrossModalityDecoder` returned."""
-    patches_BMK, logits_BMW = predicted
+    patches_BMK, logits_TW = predicted
     whole_BNK = patchify(pixels_BCSS, patch_size)
     target_BNK = normalised_patches(whole_BNK) if config.norm_pixels else whole_BNK
-    ids_BM = captions.ids.gather(1, hidden.words.masked)
+    ids_T = captions.ids.gather(1, hidden.words.masked)[hidden.words.counted]
     return {
         "image": patch_error(patches_BMK, take_tokens(target_BNK, hidden.patches.masked)),
-        "text": masked_text(logits_BMW, ids_BM, hidden.words.counted),
+        "text": masked_text(logits_TW, ids_T),
     }
 
 
@@ -107,10 +107,10 @@ def show_hidden(
     vision: VisionConfig,
 ) -> Shown:
     """Return crop, visible patches and reconstruction; caption, visible words and the likeliest words."""
-    patches_BMK, logits_BMW = predicted
+    patches_BMK, logits_TW = predicted
     masked_BM, patch = hidden.patches.masked, vision.patch_size
-    guessed_BL = captions.ids.scatter(1, hidden.words.masked, logits_BMW.argmax(-1))
     hidden_BL = hidden.words.hidden(captions.ids.shape[1])
+    guessed_BL = captions.ids.masked_scatter(hidden_BL, logits_TW.argmax(-1))
     rows = zip(captions.ids.tolist(), guessed_BL.tolist(), hidden_BL.tolist(), captions.ends.tolist(), strict=True)
     texts = [
         (

@@ -1,7 +1,7 @@
 """M3AE (Geng et al. 2022), a baseline of MAE-CLIP: hide most of the picture and of its caption, predict both.
 
 Legend: B batch, C colours, S side, V visible patches or words, M masked ones, D width, K values of a patch,
-W vocabulary.
+T masked words of all captions, W vocabulary.
 """
 
 from collections.abc import Mapping
@@ -104,7 +104,7 @@ class M3ae(Method):
         return captions, hide_at_random(self.config, batch, captions, self.vision.num_patches)
 
     def predict(self, pixels_BCSS: Tensor, captions: Captions, hidden: Hidden) -> tuple[Tensor, Tensor]:
-        """Return hidden patches [B, M, K] and scores of hidden words [B, M, W] from what is visible."""
+        """Return hidden patches [B, M, K] and scores of hidden words [T, W] from what is visible."""
         image, keep_BV = self.towers.image, hidden.patches.keep
         if self.config.encoder == "joint":
             words_BVD = self.words(captions.ids, hidden.words)

@@ -122,7 +122,7 @@ class MaeClip(Clip):
             )
 
     def predict(self, pixels_BCSS: Tensor, captions: Captions, hidden: Hidden) -> tuple[Tensor, Tensor]:
-        """Encode what is visible and decode both modalities together: [B, M, K] and [B, M, W]."""
+        """Encode what is visible and decode both modalities together: [B, M, K] and [T, W]."""
         image = self.towers.image
         image_BVD = image.patches(image(pixels_BCSS, hidden.patches.keep))
         text_BVD = self.towers.text(captions.ids, hidden.words)

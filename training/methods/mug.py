@@ -1,6 +1,7 @@
 """MUG (Zhao et al. 2023): reconstruct the hidden patches and generate the caption, both from the visible patches alone.
 
-Legend: B batch, C colours, S side, V visible patches, D encoder width, L tokens.
+Legend: B batch, C colours, S side, V visible patches, D encoder width, L tokens, T tokens to be predicted, W
+vocabulary.
 """
 
 from collections.abc import Mapping
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from cluster.config import key
 from training.data.tokenizer import Tokenizer
-from training.losses.captioning import caption_generation, predicted_places
 from training.losses.distributed import Gathered, LossSum
-from training.losses.masked_text import masked_text
+from training.losses.masked_text import masked_text, predicted_places
 from training.losses.pixels import patch_error
 from training.methods.base import CaptionNeed, MethodConfig
 from training.methods.mae import Mae, MaeConfig
@@ -120,10 +120,10 @@ class Mug(Mae):
         assert self.caption_decoder is not None
         if self._is_masked:
             hidden_BL = self._hidden(captions, batch)
-            scores_BLV = self.caption_decoder(captions.ids, visible_BVD, keys_BL=captions.keys, hidden_BL=hidden_BL)
-            return masked_text(scores_BLV, captions.ids, hidden_BL)
-        scores_BLV = self.caption_decoder(captions.ids, visible_BVD)
-        return caption_generation(scores_BLV, captions.ids, captions.ends)
+            return masked_text(self._scores(visible_BVD, captions, hidden_BL), captions.ids[hidden_BL])
+        wanted_BL = predicted_places(captions.ends, captions.ids.shape[1])
+        scores_TW = self.caption_decoder(captions.ids, visible_BVD, at_BL=wanted_BL.roll(-1, 1))
+        return masked_text(scores_TW, captions.ids[wanted_BL])
 
     def generate(self, visible_BVD: Tensor) -> list[str]:
         """Write a caption for every picture, the likeliest word each time."""
@@ -131,7 +131,9 @@ class Mug(Mae):
         start = self.tokenizer([""])[:, :1].to(visible_BVD.device)
         ids_BL = start.expand(len(visible_BVD), 1)
         for _ in range(self.tokenizer.context_length - 1):
-            next_B = self.caption_decoder(ids_BL, visible_BVD)[:, -1].argmax(-1)
+            place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+            last_BL = (place_L == len(place_L) - 1).expand_as(ids_BL)
+            next_B = self.caption_decoder(ids_BL, visible_BVD, at_BL=last_BL).argmax(-1)
             ids_BL = torch.cat([ids_BL, next_B[:, None]], dim=1)
             if bool((ids_BL == self.tokenizer.end_of_text_id).any(1).all()):
                 break
@@ -139,10 +141,8 @@ class Mug(Mae):
 
     def fill_in(self, visible_BVD: Tensor, captions: Captions, batch: Batch) -> tuple[list[str], list[str]]:
         """Return the captions with `_` for hidden words, and with the likeliest words in their places."""
-        assert self.caption_decoder is not None
         hidden_BL = self._hidden(captions, batch)
-        scores_BLV = self.caption_decoder(captions.ids, visible_BVD, keys_BL=captions.keys, hidden_BL=hidden_BL)
-        filled_BL = torch.where(hidden_BL, scores_BLV.argmax(-1), captions.ids)
+        filled_BL = captions.ids.masked_scatter(hidden_BL, self._scores(visible_BVD, captions, hidden_BL).argmax(-1))
         rows = zip(captions.ids.tolist(), hidden_BL.tolist(), strict=True)
         blanked = [self._with_blanks(ids, hidden) for ids, hidden in rows]
         return blanked, [self.tokenizer.decode(row) for row in filled_BL.tolist()]
@@ -163,6 +163,14 @@ class Mug(Mae):
     @property
     def _is_masked(self) -> bool:
         return self.mug.captioning == "masked"
+
+    def _scores(self, visible_BVD: Tensor, captions: Captions, hidden_BL: Tensor) -> Tensor:
+        """Return [T, W]: scores of the hidden words, seen from all others."""
+        assert self.caption_decoder is not None
+        scores_TW: Tensor = self.caption_decoder(
+            captions.ids, visible_BVD, at_BL=hidden_BL, keys_BL=captions.keys, hidden_BL=hidden_BL
+        )
+        return scores_TW
 
     def _hidden(self, captions: Captions, batch: Batch) -> Tensor:
         """bool [B, L]: the words to be predicted from the others."""

@@ -1,6 +1,7 @@
 """The caption decoder of MUG: layers over words alone, then layers that also look at the picture.
 
-Legend: B batch, L tokens, V patches of the picture that are seen, D width, H heads, K width of a head.
+Legend: B batch, L tokens, T places that are asked for, V patches of the picture that are seen, D width, H heads,
+K width of a head.
 """
 
 from dataclasses import replace
@@ -30,7 +31,7 @@ class CaptionDecoderConfig(DecoderConfig):
 
 
 class CaptionDecoder(nn.Module):
-    """From token ids and patches to scores of the vocabulary, at every place."""
+    """From token ids and patches to scores of the vocabulary."""
 
     def __init__(
         self, config: CaptionDecoderConfig, *, picture_width: int, vocabulary_size: int, length: int, causal: bool
@@ -56,9 +57,18 @@ class CaptionDecoder(nn.Module):
             _shrink(layer, shape.width**-0.5 * (2 * shape.depth) ** -0.5)
 
     def forward(
-        self, ids_BL: Tensor, picture_BVD: Tensor, *, keys_BL: Tensor | None = None, hidden_BL: Tensor | None = None
+        self,
+        ids_BL: Tensor,
+        picture_BVD: Tensor,
+        *,
+        at_BL: Tensor,
+        keys_BL: Tensor | None = None,
+        hidden_BL: Tensor | None = None,
     ) -> Tensor:
-        """Return scores [B, L, vocabulary]. keys_BL: True where a token is. hidden_BL: True where it is masked."""
+        """Return scores [T, vocabulary] at the T places where at_BL is True, row by row.
+
+        keys_BL: True where a token is. hidden_BL: True where it is masked.
+        """
         x_BLD = self.tokens(ids_BL)
         if hidden_BL is not None and self.mask_token is not None:
             x_BLD = torch.where(hidden_BL[..., None], self.mask_token.to(x_BLD.dtype), x_BLD)
@@ -68,7 +78,7 @@ class CaptionDecoder(nn.Module):
             x_BLD = self.text_layers(x_BLD, causal=self.causal, keys_BL=keys_BL)
         for layer in self.layers:
             x_BLD = layer(x_BLD, picture_BVD, causal=self.causal, keys_BL=keys_BL)
-        scores: Tensor = self.words(self.norm(x_BLD))
+        scores: Tensor = self.words(self.norm(x_BLD[at_BL]))
         return scores
 
 

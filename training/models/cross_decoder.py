@@ -1,7 +1,7 @@
 """The cross-modality decoder of M3AE and MAE-CLIP: hidden patches and hidden words from what is visible of both.
 
 Legend: B batch, N patches, L tokens of a caption, V visible ones, M masked ones, D width, K values of a patch,
-W vocabulary.
+T masked words of all captions, W vocabulary.
 """
 
 import torch
@@ -59,7 +59,7 @@ class CrossModalityDecoder(nn.Module):
     def forward(
         self, image_BVD: Tensor, patches: PatchMask, text_BVD: Tensor, words: TextMask, keys_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return (masked patches [B, M, K], logits of masked words [B, M, W]), in the order of the masks.
+        """Return (masked patches [B, M, K], logits of masked words [T, W]), in the order of the masks; no fillers.
 
         image_BVD, text_BVD: the encoded visible tokens. keys_BL: True where the caption has a token.
         """
@@ -73,5 +73,5 @@ class CrossModalityDecoder(nn.Module):
         keys_BL = torch.cat([keys_BL.new_ones(len(keys_BL), num_patches), keys_BL], dim=1)
         y_BLD = self.norm(self.blocks(torch.cat([image_BND, text_BLD], dim=1), keys_BL=keys_BL))
         hidden_patches_BMD = take_tokens(y_BLD[:, :num_patches], patches.masked)
-        hidden_words_BMD = take_tokens(y_BLD[:, num_patches:], words.masked)
-        return self.leave_image(hidden_patches_BMD), self.leave_text(hidden_words_BMD)
+        hidden_words_TD = take_tokens(y_BLD[:, num_patches:], words.masked)[words.counted]
+        return self.leave_image(hidden_patches_BMD), self.leave_text(hidden_words_TD)
