@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE = "weights.pt", "config.json", "tokenizer.json"
 CLASSES_FILE = "classes.json"
-CONVERTED = "work/universal"
+WORK_FOLDER = "work"
+CONVERTED = f"{WORK_FOLDER}/universal"
 POLL_S = 0.1
 GRACE_S = 30.0
 PARTS_PATIENCE_S = 1_800.0
@@ -201,6 +202,7 @@ class Checkpoints:
         """
         found: list[CheckpointInfo | None] = [None]
         if self._rank == 0:
+            self._store.remove(WORK_FOLDER)  # what a killed group had not published: as large as a checkpoint
             found[0], self.damaged = search_valid(self._store)
         dist.broadcast_object_list(found, src=0)
         info = found[0]
@@ -220,7 +222,6 @@ class Checkpoints:
         """Rank 0 converts, all ranks load."""
         converted = f"{CONVERTED}/{tag_of(info.step)}"
         if self._rank == 0:
-            self._store.remove(CONVERTED)
             with self._scratch() as scratch:
                 convert(folder, scratch / "all")
                 for local in sorted(path for path in (scratch / "all").rglob("*") if path.is_file()):
@@ -285,7 +286,7 @@ class Checkpoints:
             with scratch_folder() as folder:
                 yield folder
             return
-        parent = self._store.full("work")
+        parent = self._store.full(WORK_FOLDER)
         Path(parent).mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f"checkpoint-{self._rank}-", dir=parent))
         try:

@@ -129,7 +129,7 @@ def prepared(plan: TrainPlan, samples: Samples, num_ranks: int) -> Iterator[Rank
     store = open_run(plan.config.output, "train", plan.config).store
     with hold(store):
         _refuse_other_samples(store, samples)
-        for leftover in (STOP_FILE, launch.FAILURE_FILE, PROGRESS_FILE, "work"):
+        for leftover in (STOP_FILE, launch.FAILURE_FILE, PROGRESS_FILE):
             store.remove(leftover)
         if initial and not store.exists(INITIAL_FILE):
             write_initial(store, initial)

@@ -174,6 +174,15 @@ def test_a_failed_run_does_not_wait_for_parts_that_nobody_brings(
     assert "the newest checkpoint was not published" in caplog.text
 
 
+def test_a_group_that_starts_again_clears_what_the_killed_one_had_not_published(run: Path) -> None:
+    (run / "work/checkpoint-0-abc").mkdir(parents=True)
+    (run / "work/checkpoint-0-abc/weights.pt").write_bytes(b"half")
+    with single_group(), pytest.raises(AttributeError):  # there is no engine to load it
+        Checkpoints(Store(str(run)), rank=0, num_ranks=1, keep=1).load_newest(None)  # type: ignore[arg-type]
+    assert not (run / "work").exists()
+    assert newest_step(run) == 9
+
+
 def test_weights_are_whole_and_fp32(run: Path) -> None:
     weights = torch.load(run / "checkpoints/step-00000009/weights.pt", weights_only=True)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
