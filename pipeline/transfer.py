@@ -54,6 +54,9 @@ _REASONS: dict[int, Reason] = {
 _MALFORMED = ("HTTP/0.9", "response headers", "hexadecimal", "chunk")
 """In libcurl's messages on answers without a status line, with 300 KB of headers or with bad chunks, under any code."""
 
+_BROKEN_OFF = ("Recv failure", "Send failure", "unexpected eof", "SYSCALL")
+"""In libcurl's messages on TLS handshakes that the other side has hung up on, which says nothing of its certificate."""
+
 _TIMES = (
     *(pycurl.TOTAL_TIME_T, pycurl.NAMELOOKUP_TIME_T, pycurl.CONNECT_TIME_T),
     *(pycurl.APPCONNECT_TIME_T, pycurl.PRETRANSFER_TIME_T, pycurl.STARTTRANSFER_TIME_T),
@@ -86,6 +89,8 @@ class _Answer:
     stopped: Reason | Refusal | None = None
     """Why we broke it off."""
     is_forbidden: bool = False
+    """Of the host's addresses one was refused, and none tried."""
+    is_tried: bool = False
 
 
 class Transfer:
@@ -192,6 +197,8 @@ class Transfer:
             return Reason.FORBIDDEN_ADDRESS.value, None, detail
         if any(words in text.replace(host, "") for words in _MALFORMED):
             return Reason.BAD_RESPONSE.value, None, detail
+        if code == pycurl.E_SSL_CONNECT_ERROR and any(words in text for words in _BROKEN_OFF):
+            return Reason.CONNECTION_FAILED.value, None, detail
         if code:
             return _REASONS.get(code, Reason.CONNECTION_FAILED).value, None, detail
         return (None, None, None) if answer.body else (Reason.EMPTY_BODY.value, None, None)
@@ -245,8 +252,9 @@ class Transfer:
         family, kind, protocol, target = address
         is_ip = family in (socket.AF_INET, socket.AF_INET6)
         if not is_ip or not (is_public(target[0]) or is_inside(target[0], self._config.allow_addresses)):
-            self._answer.is_forbidden = True
+            self._answer.is_forbidden = not self._answer.is_tried
             return pycurl.SOCKET_BAD
+        self._answer.is_forbidden, self._answer.is_tried = False, True
         try:
             return socket.socket(family, kind, protocol)
         except OSError:  # no file left to open

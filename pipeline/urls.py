@@ -64,8 +64,9 @@ def host_of(url: str) -> str:
 
 def port_of(url: str) -> int:
     """The port of a URL from `clean_url`."""
-    parts = urlsplit(url)
-    return parts.port or (443 if parts.scheme == "https" else 80)
+    scheme, _, authority = url.split("/", 3)[:3]
+    port = authority.rpartition("]")[2].partition(":")[2]
+    return int(port) if port else (443 if scheme == "https:" else 80)
 
 
 def url_problems(urls: pa.StringArray) -> tuple[list[str | None], list[str | None]]:

@@ -1,6 +1,8 @@
 """What a downloader must not do, whoever asks it to: connections, headers and redirects as a server sees them."""
 
 import socket
+import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,11 +147,50 @@ def test_many_small_bodies_are_held_within_the_memory_limit(web: Echo) -> None:
     assert most < 2 * limit_bytes
 
 
+@pytest.mark.parametrize("addresses", [["127.0.4.1", "127.0.5.1"], ["127.0.5.1", "127.0.4.1"]])
+def test_a_public_address_that_is_down_is_transient_whatever_the_name_has_beside_it(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str]
+) -> None:
+    answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(pipeline.resolver.socket, "getaddrinfo", lambda *name, **more: answers)
+    monkeypatch.setattr(pipeline.resolver, "_known", {})
+    assert reasons(download(["http://both.example:9/"], allow_addresses=["127.0.4.1"])) == ["connection_failed"]
+
+
 def test_what_a_host_is_called_does_not_change_what_its_failure_means(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.4.1", 0))
     monkeypatch.setattr(pipeline.resolver.socket, "getaddrinfo", lambda *name, **more: [answer])
     url = "http://chunk-hexadecimal.example:9/"
     assert reasons(download([url], allow_addresses=["127.0.4.1"])) == ["connection_failed"]
+
+
+@pytest.mark.parametrize(
+    ("said", "is_reset", "expected"),
+    [
+        (b"", False, "connection_failed"),
+        (b"", True, "connection_failed"),
+        (b"\x16\x03\x03\x00\x7a\x02", False, "connection_failed"),  # the beginning of a ServerHello
+        (b"\x15\x03\x03\x00\x02\x02\x28", False, "tls_failure"),  # alert: handshake failure
+    ],
+)
+def test_a_tls_handshake_that_is_broken_off_is_transient_and_one_that_fails_is_not(
+    said: bytes, is_reset: bool, expected: str
+) -> None:
+    with socket.create_server(("127.0.4.1", 0)) as listener:
+
+        def hang_up() -> None:
+            for _ in range(2):
+                line, _ = listener.accept()
+                line.recv(4_096)
+                line.send(said)
+                if is_reset:
+                    line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                line.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        url = f"https://127.0.4.1:{listener.getsockname()[1]}/"
+        [ended] = download([url], allow_addresses=["127.0.4.1"], retries=1)
+    assert (ended.reason, ended.attempts) == (expected, 2 if expected == "connection_failed" else 1)
 
 
 def test_a_long_retry_after_parks_the_rest_of_the_host_at_once(web: Echo) -> None:
