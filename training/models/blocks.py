@@ -3,6 +3,8 @@
 Legend: B batch, L tokens, Q queries, D width, H heads, K width of a head, P parts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -103,14 +105,19 @@ class Blocks(nn.Module):
     def forward(self, x_BLD: Tensor, *, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
         """Return [B, L, D]; see `Attention.forward` for the masks."""
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # Blocks draw no random numbers, so there is no state of a generator to bring back.
-                x_BLD = checkpoint(
-                    layer, x_BLD, causal=causal, keys_BL=keys_BL, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BLD = layer(x_BLD, causal=causal, keys_BL=keys_BL)
+            x_BLD = run(layer, x_BLD, again=self.activation_checkpointing, causal=causal, keys_BL=keys_BL)
         return x_BLD
+
+
+def run(layer: nn.Module, *inputs: Tensor, again: bool, **settings: Any) -> Tensor:
+    """Return layer(*inputs, **settings). again: keep these only, and compute the rest anew in the backward pass."""
+    y: Tensor
+    if again and torch.is_grad_enabled():
+        # Layers draw no random numbers, so there is no state of a generator to bring back.
+        y = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, **settings)
+    else:
+        y = layer(*inputs, **settings)
+    return y
 
 
 def take_tokens(x_BLD: Tensor, index_BM: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from cluster.config import key
-from training.models.blocks import Attention, Blocks, attend
+from training.models.blocks import Attention, Blocks, attend, run
 from training.models.config import Shape
 from training.models.decoder import DecoderConfig
 
@@ -32,6 +32,9 @@ class CaptionDecoderConfig(DecoderConfig):
 
 class CaptionDecoder(nn.Module):
     """From token ids and patches to scores of the vocabulary."""
+
+    activation_checkpointing = False
+    """As in `Blocks`, of the layers that see the picture. The engine sets it."""
 
     def __init__(
         self, config: CaptionDecoderConfig, *, picture_width: int, vocabulary_size: int, length: int, causal: bool
@@ -77,7 +80,8 @@ class CaptionDecoder(nn.Module):
         if self.text_layers is not None:
             x_BLD = self.text_layers(x_BLD, causal=self.causal, keys_BL=keys_BL)
         for layer in self.layers:
-            x_BLD = layer(x_BLD, picture_BVD, causal=self.causal, keys_BL=keys_BL)
+            again = self.activation_checkpointing
+            x_BLD = run(layer, x_BLD, picture_BVD, again=again, causal=self.causal, keys_BL=keys_BL)
         scores: Tensor = self.words(self.norm(x_BLD[at_BL]))
         return scores
 

@@ -5,8 +5,8 @@ Legend: B batch, C colours, S side of the picture, H W rows and columns of a map
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from training.models.blocks import run
 from training.models.config import INTERNIMAGE_SIZES, INTERNIMAGE_STRIDE, ConvShape, VisionConfig
 from training.models.dcnv3 import NORM_EPS, DeformableConv
 from training.models.image_encoder import ImageEncoder, refuse_keep
@@ -81,10 +81,7 @@ class Stage(nn.Module):
     def forward(self, x_BHWD: Tensor) -> Tensor:
         """Return the same shape."""
         for number, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BHWD = checkpoint(block, x_BHWD, use_reentrant=False)
-            else:
-                x_BHWD = block(x_BHWD)
+            x_BHWD = run(block, x_BHWD, again=self.activation_checkpointing)
             if str(number) in self.extra_norms:
                 x_BHWD = self.extra_norms[str(number)](x_BHWD)
         return x_BHWD if self.norm is None else self.norm(x_BHWD)
