@@ -168,6 +168,15 @@ def test_the_rate_of_a_host_holds(web: Web, build: Build) -> None:
     assert starts[-1] - starts[0] > 1.8
 
 
+def test_a_retry_after_holds_for_the_units_that_follow(web: Web, build: Build) -> None:
+    host = "127.0.0.9"
+    web.files = {(host, f"/{number}"): (429, {"Retry-After": "3600"}, b"") for number in range(3)}
+    rows = build([web.url("well"), *(web.url(str(number), host) for number in range(3))], "plan.rows_per_unit=1")
+    told = Counter((row["reason"], row["rule"]) for row in rows.values())
+    assert told == {(None, None): 1, ("http_429", None): 1, ("host_unavailable", "retry-after"): 2}
+    assert web.paths(host).total() == 1
+
+
 def test_robots_txt_is_obeyed_where_it_is_to_be(web: Web, build: Build) -> None:
     text = b"User-agent: *\nDisallow: /private/\nAllow: /private/open\n"
     web.files["127.0.0.1", "/robots.txt"] = 200, {"X-Robots-Tag": "noindex"}, text
