@@ -7,13 +7,13 @@ only under a lease that outlives it.
 
 import logging
 import uuid
-from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from pipeline.config import FetchConfig
-from pipeline.hosts import Ask, Grant
+from pipeline.door import Door
+from pipeline.hosts import Ask
 from pipeline.ledgers import Answer, Ledgers, Message, Note, lease_of, shard_of
 
 logger = logging.getLogger(__name__)
@@ -30,60 +30,12 @@ REFRESH_S = (1.0, 0.25)
 """How often hosts with requests under way are mentioned, with one slot and with more: others may wait for a share."""
 IDLE_S = 2.0
 """A slot that was waited for and not taken for so long goes back."""
-POLL_S = (0.02, 0.5)
-"""How soon and, in the end, how often to ask again for a slot that others have."""
 WINDOW_PER_CONNECTION = 4
 """Hosts for which slots are asked ahead of need, a connection."""
 NOTES_CHARS, SMALL_CHARS = 2**24, 2**13
 """Of sites' files, what a task keeps. Beyond it those of more than some lines count as not to be had for now."""
 LATER_S = 0.25
-CLOSED_S = 1.0
-"""How often to look at a host that has asked to be left alone."""
 FAILED_S = 0.5
-
-
-@dataclass(slots=True)
-class _Door:
-    """A host as this task sees it. `until`: requests may begin before then; times are of `time.monotonic`."""
-
-    every_s: float = 0.0
-    granted: int = 0
-    until: float = 0.0
-    busy: int = 0
-    waiting: set[str] = field(default_factory=set)
-    starts: "deque[float] | None" = None
-    """When requests may begin, each within `spacing_s`; None if the host has no rate."""
-    spacing_s: float = 0.0
-    peak: int = 0
-    """The most requests under way since the ledger was told."""
-    asked_at: float = 0.0
-    ended_at: float = 0.0
-    told_at: float = 0.0
-    next_poll: float = 0.0
-    poll_s: float = POLL_S[0]
-    moved_at: float = 0.0
-    """When a request began or ended, or a wait began."""
-    closed_until: float = 0.0
-    """The host has told us, or another task, to leave it alone until then."""
-    news_until: float = 0.0
-    """The same, if we know it and the ledger does not."""
-    since: float = 0.0
-    """When the host was first asked for."""
-
-    def may_start(self, now: float) -> bool:
-        if self.busy >= self.granted or not self.closed_until <= now < self.until:
-            return False
-        if self.starts is None:
-            return True
-        while self.starts and self.starts[0] + self.spacing_s < now:
-            self.starts.popleft()  # a start that is late would crowd the next one, which may be another task's
-        return bool(self.starts and self.starts[0] <= now)
-
-    def lacks(self, limit: int, now: float) -> bool:
-        """Whether the ledger could give what is missing for another request."""
-        if now < max(self.next_poll, self.closed_until):
-            return False
-        return now >= self.until or self.granted <= self.busy < limit or (self.starts is not None and not self.starts)
 
 
 @dataclass(slots=True)
@@ -112,7 +64,7 @@ class Turnstile:
         self._usable_s = lease_of(config) - config.timeout_s
         self._window = WINDOW_PER_CONNECTION * config.connections
         self._holder = uuid.uuid4().hex[:12]
-        self._doors: dict[str, _Door] = {}
+        self._doors: dict[str, Door] = {}
         self._lines = [_Line() for _ in range(ledgers.num_shards)]
         self._notes: dict[str, Note | None] = {}
         self._notes_chars = 0
@@ -132,13 +84,11 @@ class Turnstile:
             if self._num_ahead >= self._window:
                 return LATER_S
             self._num_ahead += 1
-            door = self._doors[host] = _Door(moved_at=now, since=now, every_s=every_s)
+            door = self._doors[host] = Door(moved_at=now, since=now)
         if not door.waiting and not door.busy and now - door.asked_at > IDLE_S:
             door.moved_at = now
         door.asked_at = now
-        door.every_s = every_s
-        if every_s and door.starts is None:  # a wish that the ledger has not heard of yet
-            door.starts = deque()
+        door.wish(every_s)
         door.waiting.add(url)
         if not door.may_start(now):
             if door.lacks(self._limit, now) and host not in self._line(host).told:
@@ -165,8 +115,7 @@ class Turnstile:
         door.busy -= 1
         door.ended_at = door.moved_at = now
         if closed_s:
-            door.news_until = max(door.news_until, now + closed_s)
-            door.closed_until = max(door.closed_until, door.news_until)
+            door.close(now + closed_s)
         if closed_s or door.granted <= door.busy:  # we were told to let some requests end: others wait for it
             self._mark(host, now)
             self._exchange(now)
@@ -213,26 +162,16 @@ class Turnstile:
         is_kept = self._notes_chars <= NOTES_CHARS or len(note.text) <= SMALL_CHARS
         self._notes[url] = note if is_kept else Note(None, "")
 
-    def _begin(self, door: _Door, url: str, now: float) -> None:
-        door.busy += 1
-        door.peak = max(door.peak, door.busy)
-        door.waiting.discard(url)
-        self._num_ahead -= door.busy == 1
-        door.moved_at = now
-        door.poll_s = POLL_S[0]
-        if door.starts is not None:
-            door.starts.popleft()
+    def _begin(self, door: Door, url: str, now: float) -> None:
+        self._num_ahead -= not door.busy
+        door.begin(url, now)
 
-    def _delay(self, host: str, door: _Door, now: float) -> float:
+    def _delay(self, host: str, door: Door, now: float) -> float:
         """When to ask again for a host whose turn has not come."""
         line = self._line(host)
         if host in line.dirty or host in line.told:
             return REPLY_S
-        if door.closed_until > now:
-            return max(REPLY_S, min(CLOSED_S, door.closed_until - now))
-        if door.starts:
-            return max(REPLY_S, door.starts[0] - now)
-        return max(REPLY_S, min(door.next_poll, door.until) - now)
+        return max(REPLY_S, door.next_look(now) - now)
 
     def _mark(self, host: str, now: float) -> None:
         line = self._line(host)
@@ -271,14 +210,7 @@ class Turnstile:
         told = {}
         for host in line.dirty:
             if door := self._doors.get(host):
-                wanted = door.peak if door.busy else 0
-                if door.waiting:  # twice as many as before: the engine may show its jobs one at a time
-                    wanted = min(self._limit, door.busy + max(door.busy, len(door.waiting)))
-                door.peak = door.busy
-                starts = max(0, len(door.waiting) - len(door.starts or ()))
-                told[host] = Ask(wanted, door.busy, starts, door.every_s, max(0.0, door.news_until - now))
-                door.granted = min(door.granted, wanted)  # what is given back is not used while the call is under way
-                door.told_at = now
+                told[host] = door.tell(self._limit, now)
         message = Message(self._holder, told, tuple(line.questions), line.notes)
         line.told, line.asked, line.kept = told, message.questions, line.notes
         line.dirty, line.questions, line.notes, line.due = {}, set(), {}, float("inf")
@@ -304,22 +236,8 @@ class Turnstile:
         for url, note in answer.notes.items():
             self._remember(url, note)
         for host, grant in answer.grants.items():
-            self._apply(host, grant, told[host], line.sent_at, now)
-
-    def _apply(self, host: str, grant: Grant, ask: Ask, sent_at: float, now: float) -> None:
-        door = self._doors[host]
-        door.granted = grant.slots
-        door.until = sent_at + self._usable_s
-        if grant.closed_s > 0:
-            door.closed_until = max(door.closed_until, now + grant.closed_s)
-        if door.news_until <= sent_at + ask.closed_s:  # else there is more news already
-            door.news_until = 0.0
-        if grant.every_s:
-            door.spacing_s = grant.every_s
-            door.starts = door.starts or deque()
-            door.starts.extend(now + grant.first_s + place * grant.every_s for place in range(grant.starts))
-        if grant.slots < ask.wanted or grant.starts < ask.starts:
-            door.poll_s = min(POLL_S[1], door.poll_s * 2)
-            door.next_poll = now + door.poll_s
-        if not (door.busy or door.waiting or door.granted):
-            del self._doors[host]
+            door = self._doors[host]
+            door.hear(grant, told[host], now)
+            door.until = line.sent_at + self._usable_s
+            if not (door.busy or door.waiting or door.granted):
+                del self._doors[host]
