@@ -23,7 +23,6 @@ class VisionTransformer(ImageEncoder):
     """
 
     positions: Tensor
-    drops_patches = True
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
