@@ -19,6 +19,8 @@ class ImageEncoder(nn.Module, ABC):
     """Of the feature that `pool` returns."""
     grid: int
     """Patches along a side: N = grid * grid."""
+    drops_patches: bool
+    """Whether `forward` can leave patches out; where not, it takes no keep_BV."""
 
     @abstractmethod
     def forward(self, pixels_BCSS: Tensor, keep_BV: Tensor | None = None) -> Tensor:

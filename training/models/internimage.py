@@ -19,6 +19,8 @@ POOLING_HEAD_WIDTH = 64
 class InternImage(ImageEncoder):
     """Four stages with 4, 8, 16 and 32 pixels a cell; tokens are the cells of the last map."""
 
+    drops_patches = False
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         shape = INTERNIMAGE_SIZES[config.size]

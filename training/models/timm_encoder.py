@@ -24,6 +24,8 @@ class TimmEncoder(ImageEncoder):
     number of ranks.
     """
 
+    drops_patches = False
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.name = config.timm

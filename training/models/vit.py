@@ -23,6 +23,7 @@ class VisionTransformer(ImageEncoder):
     """
 
     positions: Tensor
+    drops_patches = True
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
