@@ -10,27 +10,26 @@ What fails transiently is tried again after a back-off while others go on; a hos
 """
 
 import time
-from collections import deque
 from dataclasses import replace
 
 import pycurl
 
 from pipeline.addresses import is_address
 from pipeline.admission import Admission, Ended, Need, Refusal, Unrestricted
-from pipeline.agenda import Agenda
 from pipeline.backoff import backoff_s
 from pipeline.config import FetchConfig
 from pipeline.event_loop import EventLoop
 from pipeline.host_queue import HostQueue
 from pipeline.job import Job, Response
-from pipeline.reasons import Reason, is_transient
+from pipeline.reasons import Reason, http_reason, is_transient
 from pipeline.resolver import Found, Resolver, known_addresses
+from pipeline.schedule import Schedule
 from pipeline.transfer import Meter, Transfer
 from pipeline.urls import UrlError, clean_url, host_of
 
 EVICT_MIN_BYTES = 2**20
 """What is given up has at least this much, or half of the mean: beginning again is not free."""
-TOO_MANY_REQUESTS = 429
+TOO_MANY_REQUESTS = http_reason(429)
 NEEDED_MAX_BYTES = 2**19
 """Of a robots.txt: RFC 9309 asks for at least 500 KiB."""
 
@@ -43,10 +42,7 @@ class Downloader:
         self._admission = admission or Unrestricted()
         self._num_open = 0
         self._meter = Meter()
-        self._hosts: dict[str, HostQueue] = {}
-        self._ready: deque[Job] = deque()
-        self._backing_off = Agenda[Job]()
-        self._alarms = Agenda[HostQueue]()
+        self._schedule = Schedule(config, self._park)
         self._needs: set[str] = set()
         self._transfers: dict[pycurl.Curl, Transfer] = {}
         self._idle: list[Transfer] = []
@@ -75,7 +71,7 @@ class Downloader:
         self._num_open += 1
         job = Job(index=index, start_url=url, max_bytes=self._config.max_bytes)
         if self._aim(job, url):
-            self._ready.append(job)
+            self._schedule.ready.append(job)
 
     def wake(self) -> None:
         """End the wait of `poll`, now or at its next call. May be called from any thread until `close`."""
@@ -117,40 +113,15 @@ class Downloader:
         if self._finished:
             return 0.0
         now = time.monotonic()
-        return self._alarms.wait_s(self._backing_off.wait_s(self._resolver.wait_s(timeout_s, now), now), now)
+        return self._schedule.wait_s(self._resolver.wait_s(timeout_s, now), now)
 
     def _look_again(self, now: float) -> None:
         """Bring back what has waited long enough, or for the resolver."""
-        while job := self._backing_off.pop_due(now):
-            self._ready.append(job)
-        while host := self._alarms.pop_due(now):
-            host.alarm = None
-            self._advance(host, now)
+        self._schedule.bring_back(now)
         for found in self._resolver.take(now):
-            self._go_on(self._hosts[found.name], found, now)
-
-    def _advance(self, host: HostQueue, now: float) -> None:
-        """Let the next one who waits for a host go on, or look again when that may be possible."""
-        if host.given_up:
-            while host.waiting:
-                self._park(host.waiting.popleft(), *host.given_up)
-        elif job := host.next(self._config, now):
-            self._ready.appendleft(job)
-        elif host.waiting and host.not_before > now:
-            self._look_at(host, host.not_before)
-
-    def _look_at(self, host: HostQueue, due: float) -> None:
-        if host.alarm is None or due < host.alarm:
-            host.alarm = due
-            self._alarms.add(due, host)
+            self._go_on(self._schedule.host(found.name), found, now)
 
     # Beginning.
-
-    def _host(self, name: str) -> HostQueue:
-        host = self._hosts.get(name)
-        if host is None:
-            host = self._hosts[name] = HostQueue(name=name)
-        return host
 
     def _aim(self, job: Job, url: str) -> bool:
         """Set a job's next URL; one that cannot be requested ends it."""
@@ -165,15 +136,13 @@ class Downloader:
 
     def _start(self, now: float) -> None:
         """Begin what may begin."""
-        while self._ready and len(self._transfers) < self._loop.max_transfers:
-            job = self._ready.popleft()
-            host = self._host(job.host)
+        while self._schedule.ready and len(self._transfers) < self._loop.max_transfers:
+            job = self._schedule.ready.popleft()
+            host = self._schedule.host(job.host)
             if host.given_up:
                 self._park(job, *host.given_up)
             elif not host.has_room(self._config, now) or (host.num_needs and not job.is_needed):
-                self._queue(job, host)
-                if host.not_before > now:
-                    self._look_at(host, host.not_before)
+                self._schedule.queue(job, host, now)
             elif self._is_found(host, now):
                 self._ask(job, host, now)
             else:
@@ -194,7 +163,7 @@ class Downloader:
         job.attempt_seconds += found.seconds
         if found.addresses:
             host.addresses, job.dns_seconds = found.addresses, found.seconds
-            self._ready.appendleft(job)
+            self._schedule.ready.appendleft(job)
             return
         job.attempts += not job.num_redirects
         reason = found.reason or Reason.DNS_FAILURE
@@ -204,7 +173,7 @@ class Downloader:
             self._finish(job, response)
         else:
             self._conclude(job, response, now)
-        self._advance(host, now)
+        self._schedule.advance(host, now)
 
     def _ask(self, job: Job, host: HostQueue, now: float) -> None:
         # A needed file is asked for by its own name on every hop: two sites that redirect theirs to each other would
@@ -213,22 +182,16 @@ class Downloader:
         verdict = self._admission.ask(url, job.host, now)
         if isinstance(verdict, Need):
             self._fetch_needed(verdict.url, host)
-            self._queue(job, host)
+            self._schedule.queue(job, host, now)
         elif isinstance(verdict, Refusal):
             self._finish(job, job.ended(verdict.reason, verdict.detail, verdict.rule))
-            self._advance(host, now)
+            self._schedule.advance(host, now)
         elif verdict > 0:
             host.waiting.appendleft(job)
-            self._look_at(host, now + verdict)
+            self._schedule.look_at(host, now + verdict)
         else:
             self._begin(job, host)
-            self._advance(host, now)
-
-    def _queue(self, job: Job, host: HostQueue) -> None:
-        if job.is_needed:
-            host.waiting.appendleft(job)
-        else:
-            host.waiting.append(job)
+            self._schedule.advance(host, now)
 
     def _begin(self, job: Job, host: HostQueue) -> None:
         if not job.num_redirects:
@@ -246,7 +209,7 @@ class Downloader:
             host.num_needs += 1
             job = Job(index=-1, start_url=url, max_bytes=NEEDED_MAX_BYTES, needed_by=host.name)
             if self._aim(job, url):
-                self._ready.appendleft(job)
+                self._schedule.ready.appendleft(job)
 
     # Ending.
 
@@ -256,19 +219,19 @@ class Downloader:
         ended = Ended(reason=response.reason, http_status=response.http_status, retry_after_s=pause_s)
         host = self._release(transfer, ended, now)
         job = transfer.end()
-        host.has_answered = host.has_answered or response.http_status is not None
+        host.has_answered = host.has_answered or response.http_version is not None  # the status may be a hop's
         if redirect is not None:
             host.succeeded()
             self._redirect(job, response, redirect)
         else:
             self._conclude(job, response, now, pause_s)
-        self._advance(host, now)
+        self._schedule.advance(host, now)
 
     def _release(self, transfer: Transfer, ended: Ended, now: float) -> HostQueue:
         """Free a handle and its place at the host."""
         assert transfer.job is not None
         self._idle.append(transfer)
-        host = self._host(transfer.job.host)
+        host = self._schedule.host(transfer.job.host)
         host.num_active -= 1
         self._admission.done(host.name, ended, now)
         return host
@@ -280,11 +243,11 @@ class Downloader:
         job.last = response
         job.num_redirects += 1
         if self._aim(job, target):
-            self._ready.appendleft(job)
+            self._schedule.ready.appendleft(job)
 
     def _conclude(self, job: Job, response: Response, now: float, pause_s: float | None = None) -> None:
         """An attempt has ended: finish the job, or have it tried again."""
-        host = self._host(job.host)
+        host = self._schedule.host(job.host)
         if response.reason is None or not is_transient(response.reason):
             host.succeeded()
             self._finish(job, response)
@@ -292,17 +255,18 @@ class Downloader:
         job.last = response
         wait_s = backoff_s(self._config.backoff_s, job.start_url, job.attempts)
         host.failed(response.reason, self._config, now)
-        if pause_s is not None or response.http_status == TOO_MANY_REQUESTS:
+        if pause_s is not None or response.reason == TOO_MANY_REQUESTS:
             host.pause(wait_s if pause_s is None else pause_s, self._config, now)
         if job.attempts > self._config.retries or host.given_up:
             self._finish(job, response)
         elif host.is_open or host.not_before > now + wait_s:
             job.restart()
-            self._queue(job, self._host(job.host))
-            self._advance(self._host(job.host), now)
+            start = self._schedule.host(job.host)
+            self._schedule.queue(job, start, now)
+            self._schedule.advance(start, now)
         else:
             job.restart()
-            self._backing_off.add(now + wait_s, job)
+            self._schedule.put_off(job, now + wait_s)
 
     def _finish(self, job: Job, response: Response) -> None:
         if not job.is_needed:
@@ -311,9 +275,9 @@ class Downloader:
         is_told = response.reason in (None, Reason.EMPTY_BODY, Reason.TOO_LARGE, Reason.TOO_MANY_REDIRECTS)
         is_told = is_told or (response.reason or "").startswith("http_")
         self._admission.learn(job.start_url, response.http_status if is_told else None, response.body)
-        host = self._host(job.needed_by)
+        host = self._schedule.host(job.needed_by)
         host.num_needs -= 1
-        self._advance(host, time.monotonic())
+        self._schedule.advance(host, time.monotonic())
 
     def _park(self, job: Job, reason: Reason, detail: str) -> None:
         """End a job whose host is not asked again, with what its own last attempt came to if there was one."""
@@ -324,13 +288,13 @@ class Downloader:
 
     def _park_the_hopeless(self) -> None:
         """At the end a unit does not wait for hosts that were too slow."""
-        if self._transfers or self._ready or self._resolver.num_open or self._backing_off:
+        if self._transfers or self._resolver.num_open or self._schedule.has_due:
             return
-        waiting = [host for host in self._hosts.values() if host.waiting]
+        waiting = self._schedule.hosts_waited_for()
         if all(host.is_down for host in waiting):
             for host in waiting:
                 host.given_up = Reason.HOST_UNAVAILABLE, "the host was too slow, and nothing else was left to do"
-                self._advance(host, time.monotonic())
+                self._schedule.advance(host, time.monotonic())
 
     def _evict(self, excess_bytes: int, now: float) -> None:
         """Give up the large transfers that began last, until the excess is gone; one always goes on."""
@@ -346,5 +310,5 @@ class Downloader:
             job = transfer.end()
             job.attempts -= 1
             job.restart()
-            self._ready.append(job)
-            self._advance(host, now)
+            self._schedule.ready.append(job)
+            self._schedule.advance(host, now)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import socket
 import tarfile
 import threading
 import time
@@ -233,7 +234,10 @@ def test_many_open_files_do_no_harm(tmp_path: Path, web: Web) -> None:
 
 
 def test_each_failure_has_its_reason(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.http._may_resolve_later", lambda host: False)
+    def resolve(name: str, *rest: object, **more: object) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("pipeline.resolver.socket.getaddrinfo", resolve)
     expected = {
         web.url("jpg/1"): None,
         web.url("gzip"): None,
