@@ -244,7 +244,7 @@ def test_a_model_by_name_can_be_overridden_key_by_key() -> None:
     [
         (["preset=ViT-B16"], "model=ViT-B16: no such preset; did you mean ViT-B-16"),
         (["text=bert"], "model.text=bert: no such preset"),
-        (["vision=internimage-T", "vision.patch_size=8"], "patch_size=8: a key of ViTs, and internimage-T is none"),
+        (["vision=internimage-T", "vision.patch_size=8"], "patch_size=8: internimage-T has no use for this key"),
         (["vision=internimage-T", "vision.pooling=class"], "has no class token"),
         (["vision=internimage-T", "vision.image_size=100"], "no multiple of 32"),
         (["vision.pooling=median"], "vision.pooling=median"),

@@ -187,8 +187,8 @@ def test_shapes_that_do_not_fit_are_refused(keys: dict[str, object], message: st
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"timm": "resnet18", "pooling": "max"}, "pooling=max: resnet18 has its own"),
-        ({"size": "internimage-nano", "norm_eps": 1e-6}, "norm_eps=1e-06: internimage-nano has its own"),
+        ({"timm": "resnet18", "pooling": "max"}, "pooling=max: resnet18 has no use for this key"),
+        ({"size": "internimage-nano", "norm_eps": 1e-6}, "norm_eps=1e-06: internimage-nano has no use for this key"),
     ],
 )
 def test_keys_that_another_kind_of_encoder_would_not_heed_are_refused(keys: dict[str, Any], message: str) -> None:

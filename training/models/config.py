@@ -185,7 +185,7 @@ class VisionConfig(Config):
         name = self.timm or self.size
         for changed in (*VIT_ONLY, *(["pooling"] if self.timm else [])):
             if getattr(self, changed) != type(self).model_fields[changed].default:
-                raise ValueError(f"{changed}={getattr(self, changed)}: {name} has its own; leave this key as it is")
+                raise ValueError(f"{changed}={getattr(self, changed)}: {name} has no use for this key; leave it out")
         if self.kind == "internimage" and self.pooling == "class":
             raise ValueError(f"pooling=class: {name} has no class token; use mean, max or map")
         if self.kind == "internimage" and self.image_size % INTERNIMAGE_STRIDE:
