@@ -55,8 +55,12 @@ class Resolver:
         self.num_open += 1
         self._todo.put(name)
         if self._num_threads < MAX_THREADS:
-            self._num_threads += 1
-            threading.Thread(target=self._work, name=f"dns {self._num_threads}", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name=f"dns {self._num_threads}", daemon=True).start()
+                self._num_threads += 1
+            except RuntimeError:  # a container may have no more of them; those that are there do
+                if not self._num_threads:
+                    raise
 
     def take(self, now: float) -> list[Found]:
         """What was found, and names that took too long. now: time.monotonic()."""

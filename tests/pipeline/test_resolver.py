@@ -85,6 +85,21 @@ def test_a_name_that_waits_for_its_turn_loses_no_time(names: NameServer, monkeyp
     assert (found["silent.example"].reason, found["good.example"].reason) == (Reason.TIMEOUT, None)
 
 
+def test_few_threads_do_where_no_more_can_be_started(names: NameServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, num_started = threading.Thread.start, 0
+
+    def scarce(thread: threading.Thread) -> None:
+        nonlocal num_started
+        num_started += 1
+        if num_started > 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    good = [f"good{i}.example" for i in range(5)]
+    assert set(look_up(good, patience_s=5)) == set(good)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
