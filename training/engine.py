@@ -119,10 +119,11 @@ class Engine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """The method's state, whole and fp32, on the CPU: on rank 0, and empty elsewhere."""
-        whole = self._gathered() if self.zero_stage == 3 else _on_cpu(self.deepspeed.module.state_dict())
-        for name in self._scalars:
-            whole[name] = whole[name].reshape(())
-        return whole if self.deepspeed.global_rank == 0 else {}
+        if self.zero_stage == 3:
+            whole = self._gathered()
+        else:
+            whole = _on_cpu(self.deepspeed.module.state_dict()) if self.deepspeed.global_rank == 0 else {}
+        return {name: value.reshape(()) if name in self._scalars else value for name, value in whole.items()}
 
     def _gathered(self) -> dict[str, Tensor]:
         import deepspeed
@@ -132,8 +133,9 @@ class Engine:
         whole = _on_cpu({name: buffer for name, buffer in module.named_buffers() if name in stored})
         for name, parameter in module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
-                whole[name] = parameter.detach().cpu().clone()
-        return whole
+                if self.deepspeed.global_rank == 0:  # the other ranks of a machine would fill its memory for nothing
+                    whole[name] = parameter.detach().cpu().clone()
+        return whole if self.deepspeed.global_rank == 0 else {}
 
     def save(self, folder: str, tag: str, state: dict[str, Any]) -> None:
         """Write this rank's part of the training state below folder/tag."""
