@@ -75,7 +75,9 @@ class FetchConfig(Config):
         gt=0,
     )
     timeout_s: float = key(20.0, "longest time for one attempt", unit="s", affects_result=False, gt=0)
-    connect_timeout_s: float = key(8.0, "longest time to connect", unit="s", affects_result=False, gt=0)
+    connect_timeout_s: float = key(
+        8.0, "longest time to look up a name, and to connect", unit="s", affects_result=False, gt=0
+    )
     min_speed: int = key(1_000, "slower than this for min_speed_s is a timeout", unit="B/s", affects_result=False, ge=0)
     min_speed_s: int = key(8, "how long a transfer may be slower than min_speed", unit="s", affects_result=False, ge=1)
     max_redirects: int = key(5, "redirects followed", ge=0)
