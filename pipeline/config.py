@@ -180,13 +180,14 @@ class ImageConfig(Config):
         "keep: an image of this format that needs no change (size, orientation, transparency) is stored as it came",
     )
     exif: bool = key(False, "keep the EXIF tags of kept images, as JSON in the column exif")
-    max_pixels: int = key(64_000_000, "larger images are refused before they are decoded", unit="px", ge=1)
+    max_pixels: int = key(64_000_000, "larger images are refused before they are decoded", unit="px", ge=1, le=2**29)
     decode_timeout_s: int = key(
         20,
         "processor time for one image, after which its decoder is ended",
         unit="s",
         affects_result=False,
         ge=1,
+        le=86_400,
     )
 
 

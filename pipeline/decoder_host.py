@@ -103,7 +103,9 @@ def _limit_memory(size_bytes: int) -> None:
     """Let this process take so much more than it has. A decoder that wants more fails."""
     with open("/proc/self/statm") as file:
         has = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (has + size_bytes, has + size_bytes))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _at_most(has + size_bytes, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -111,7 +113,12 @@ def _allow_seconds(seconds: int) -> None:
     """Have the system end this process (SIGXCPU) after so much more of processor time."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (_at_most(int(used.ru_utime + used.ru_stime) + 1 + seconds, most), most))
+
+
+def _at_most(wanted: int, most: int) -> int:
+    """A limit that whoever started us (a batch system, ulimit) lets us set."""
+    return wanted if most == resource.RLIM_INFINITY else min(wanted, most)
 
 
 def _cause(status: int) -> str:

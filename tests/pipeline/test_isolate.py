@@ -140,6 +140,18 @@ def test_a_decoder_cannot_take_more_memory_than_its_limit() -> None:
     assert told.stdout == "refused\n"
 
 
+def test_narrower_limits_of_the_system_are_kept() -> None:
+    script = (
+        "import resource as r\n"
+        "from pipeline.decoder_host import _allow_seconds, _limit_memory\n"
+        "r.setrlimit(r.RLIMIT_AS, (2**40, 2**40)); r.setrlimit(r.RLIMIT_CPU, (500, 500))\n"
+        "_limit_memory(2**45); _allow_seconds(10_000)\n"
+        "print(*r.getrlimit(r.RLIMIT_AS), *r.getrlimit(r.RLIMIT_CPU))"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert told.stdout.split() == [str(2**40)] * 2 + ["500"] * 2
+
+
 def test_decoding_processes_are_kept_for_the_next_lease_of_the_same_settings() -> None:
     with lease_decoders(1, CONFIG) as first:
         first.process(encoded(1))
