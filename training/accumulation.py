@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cluster.errors import RunError
 from training.losses.distributed import Gathered, LossSum, Scope, all_reduce_sum, divide, gather
 from training.methods.base import Method
 from training.methods.values import Batch, Embedded, Output, Sums, combine, weighted
@@ -58,7 +59,13 @@ def accumulate(method: Method, batch: Batch, num_parts: int, call: Call, backwar
 
             def surrogate(part: Batch, index: int = index) -> Tensor:
                 shared = method.embed(part).shared
-                return torch.stack([(shared[name] * asked[index][name]).sum() for name in cache.names]).sum()
+                value = torch.stack([(shared[name] * asked[index][name]).sum() for name in cache.names]).sum()
+                if not value.requires_grad:  # and the backward pass that was the step's last is over
+                    raise RunError(
+                        "train.accumulation: everything that samples share is frozen (init.freeze); set "
+                        "train.accumulation=1, as frozen encoders keep no activations"
+                    )
+                return value
 
             backward(call(part, surrogate), last=index == num_parts - 1)
     return combine(_added(sums), weights)

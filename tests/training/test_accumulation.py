@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.errors import RequestError
+from cluster.errors import RequestError, RunError
 from training.accumulation import accumulate
 from training.config import check_parts
 from training.engine import checkpoint_activations
@@ -159,3 +159,11 @@ def test_a_batch_that_cannot_be_cut_is_refused() -> None:
         tiny.make_batch(0, 1).split(3)
     with pytest.raises(RequestError, match=r"train\.accumulation=3: a rank's 4 samples"):
         check_parts(tiny.make_config("clip", accumulation=3), 2)
+
+
+def test_frozen_encoders_that_leave_nothing_to_accumulate_are_named() -> None:
+    method = tiny.make_method(tiny.make_config("clip"))
+    method.get_submodule("towers").requires_grad_(False)
+    method.get_parameter("towers.log_scale").requires_grad_(True)
+    with pytest.raises(RunError, match="train.accumulation=1"):
+        in_parts(method, 2)
