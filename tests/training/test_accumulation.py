@@ -165,5 +165,5 @@ def test_frozen_encoders_that_leave_nothing_to_accumulate_are_named() -> None:
     method = tiny.make_method(tiny.make_config("clip"))
     method.get_submodule("towers").requires_grad_(False)
     method.get_parameter("towers.log_scale").requires_grad_(True)
-    with pytest.raises(RunError, match="train.accumulation=1"):
+    with pytest.raises(RunError, match=r"train.accumulation=1"):
         in_parts(method, 2)
