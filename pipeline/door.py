@@ -55,9 +55,9 @@ class Door:
         return now >= self.until or self.granted <= self.busy < limit or (self.starts is not None and not self.starts)
 
     def wish(self, every_s: float) -> None:
-        """The time between two requests that the host wants, 0 if it does not care."""
-        self.every_s = every_s
-        if every_s and self.starts is None:  # the ledger has not heard of it yet
+        """The time between two requests that the host wants, 0 if it does not care or whoever asks does not know."""
+        self.every_s = every_s or self.every_s
+        if self.every_s and self.starts is None:  # the ledger has not heard of it yet
             self.starts = deque()
 
     def begin(self, url: str, now: float) -> None:

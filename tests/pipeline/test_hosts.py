@@ -271,6 +271,20 @@ def test_everybody_who_waits_for_a_host_is_told_at_the_same_time() -> None:
     assert second.ask("v", "h", 20.0) is not None
 
 
+def test_a_request_that_knows_nothing_of_the_hosts_wish_has_its_turn_too() -> None:
+    """Such as one for robots.txt, to which that of another site redirects."""
+    settings, now = config(), 10.0
+    gate = Turnstile(LocalLedgers(settings), settings)
+    clocked = Ledger(connections=8, requests_per_s=None, lease_s=LEASE_S, clock=lambda: now)
+    gate._ledgers._desk._ledger = clocked  # type: ignore[attr-defined]
+    assert gate.ask("http://h/1", "h", now, every_s=2.0) == 0.0
+    gate.done("h", now)
+    while gate.ask("http://h/robots.txt", "h", now) and now < 20.0:
+        now += 0.1
+        gate.tick(now)
+    assert 11.9 < now < 13.0
+
+
 def test_a_crawl_delay_holds_up_a_unit_for_so_long_and_no_longer() -> None:
     settings = config("fetch.host_wait_s=50")
     begun, refused, jobs, now = 0, 0, 20, 10.0
