@@ -342,6 +342,7 @@ def test_files_that_do_not_fit_are_refused_with_the_names(libraries: Any, tmp_pa
         "wide": (timm_vit(libraries, embed_dim=64).state_dict(), fits, r"is \(64,.*the model's is \(32"),
         "places": (state, model("vision.class_token=true"), "set model.vision.positions=learned"),
         "other": ({"layer1.0.conv1.weight": torch.ones(1)}, fits, "neither those of a vision transformer"),
+        "shapeless": (state | {"pos_embed": torch.ones(5)}, fits, r"pos_embed is \(5,\), which is none of its kind"),
     }
     for name, (weights, config, message) in cases.items():
         save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / f"{name}.safetensors")
@@ -353,6 +354,11 @@ def test_files_that_do_not_fit_are_refused_with_the_names(libraries: Any, tmp_pa
     (tmp_path / "empty" / "notes.txt").write_text("")
     with pytest.raises(RequestError, match=r"none of model.safetensors, .* in this folder"):
         read_weights(str(tmp_path / "empty"), fits)
+    torch.save({0: torch.ones(1)}, tmp_path / "numbered.pt")
+    with pytest.raises(RequestError, match="holds no dictionary of tensors"):
+        read_weights(str(tmp_path / "numbered.pt"), fits)
+    with pytest.raises(RequestError, match=r"foo://a/b.pt: Protocol not known: foo"):
+        read_weights("foo://a/b.pt", fits)
     (tmp_path / "page.pt").write_bytes(b"<html>404</html>")
     with pytest.raises(RequestError, match="not readable as plain weights"):
         read_weights(str(tmp_path / "page.pt"), fits)

@@ -107,5 +107,7 @@ def _take_table(ours: Weights, model: ModelConfig) -> None:
 
 def _ours(pair: Pair, theirs: Mapping[str, Tensor]) -> Tensor:
     value = torch.cat([theirs[name] for name in pair.theirs]) if len(pair.theirs) > 1 else theirs[pair.theirs[0]]
+    if any(length != 1 for length in value.shape[: pair.leading]) or value.ndim < pair.leading:
+        raise RequestError(f"init.weights: {pair.theirs[0]} is {tuple(value.shape)}, which is none of its kind")
     value = value.reshape(value.shape[pair.leading :]).float()
     return value.T.contiguous() if pair.transposed else value

@@ -27,7 +27,11 @@ def read_file(path: str) -> Weights:
     path: local or a URL. Files of torch are read without running code from them. Raises RequestError when there is
     nothing to read.
     """
-    with local_copy(*_find(path)) as file:
+    try:
+        found = _find(path)
+    except (ValueError, ImportError) as error:  # a protocol unknown, or one whose library is not installed
+        raise RequestError(f"init.weights={path}: {error}") from error
+    with local_copy(*found) as file:
         try:
             if file.suffix == ".safetensors":
                 from safetensors.torch import load_file
@@ -60,11 +64,14 @@ def _unwrapped(loaded: Any, path: str) -> Weights:
         loaded = next((loaded[name] for name in WRAPPERS if _is_state(loaded.get(name))), loaded)
     if not _is_state(loaded):
         raise RequestError(f"init.weights={path}: holds no dictionary of tensors")
-    return {name.removeprefix("module."): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    named = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return {name.removeprefix("module."): value for name, value in named.items()}
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(inner, Tensor) for inner in value.values())
+    return isinstance(value, dict) and any(
+        isinstance(name, str) and isinstance(inner, Tensor) for name, inner in value.items()
+    )
 
 
 def dialect_of(names: Collection[str]) -> Dialect:
