@@ -34,7 +34,7 @@ def open_run(output: str, kind: str, config: Config) -> Run:
     kind: "build", "train" or "eval". config: stored whole in run.json; only keys with affects_result are compared.
     Raises RequestError when the folder holds another run or files that belong to no run, or cannot be used.
     """
-    store = _open_store(output)
+    store = open_store(output)
     try:
         return _register(store, kind, config)
     except RequestError:
@@ -89,7 +89,7 @@ def read_run(store: Store) -> dict[str, Any] | None:
 
 def require_run(output: str, *kinds: str) -> tuple[Store, dict[str, Any]]:
     """Open the folder of an existing run of one of `kinds`. RequestError if it holds none."""
-    store = _open_store(output)
+    store = open_store(output)
     found = read_run(store)
     if found is None:
         raise RequestError(f"{output}: holds no pairmill run (no {RUN_FILE}); give the output folder of a run")
@@ -98,7 +98,8 @@ def require_run(output: str, *kinds: str) -> tuple[Store, dict[str, Any]]:
     return store, found
 
 
-def _open_store(output: str) -> Store:
+def open_store(output: str) -> Store:
+    """The place that the key `output` names. Raises RequestError when nobody here can open its kind."""
     try:
         return Store(output)
     except (ValueError, ImportError) as error:

@@ -325,6 +325,8 @@ def test_the_command_says_what_it_wrote_and_refuses_a_full_folder(
     assert "export timm: step 2," in capsys.readouterr().out
     assert main(words) == 2
     assert "is not empty" in capsys.readouterr().err
+    assert main([*words, "output=foo://out"]) == 2
+    assert "output=foo://out: cannot open this location" in capsys.readouterr().err
 
 
 def test_files_that_do_not_fit_are_refused_with_the_names(libraries: Any, tmp_path: Path) -> None:

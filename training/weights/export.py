@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cluster.config import REQUIRED, Config, key, validate
 from cluster.errors import RequestError
+from cluster.run import open_store
 from cluster.store import Store
 from training.checkpoint import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, local_copy
 from training.config import TrainConfig
@@ -60,7 +61,7 @@ class Export:
 
 def run_export(config: ExportConfig) -> Export:
     """Write the folder. Raises RequestError when there is nothing to export or the format cannot hold it."""
-    target = Store(config.output)
+    target = open_store(config.output)
     if target.find():
         raise RequestError(f"output={config.output}: is not empty; choose a new folder")
     run, info = find_checkpoint(config.checkpoint)
