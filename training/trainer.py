@@ -128,6 +128,7 @@ def train(
                 save()
                 log.sync()
             if last:
+                checkpoints.wait()
                 meter.notes += bad_images_note(store, loader.reader.bad)
                 report(meter.progress(step + 1), rank, beacon, watch)
                 return "done" if step + 1 == plan.num_steps else "stopped"

@@ -140,18 +140,6 @@ class Method(nn.Module, ABC):
         everyone = {name: gather(x, scope) for name, x in (own.shared | own.constant).items()}
         return combine(self.losses(batch, own, everyone), self.weights(batch.step))
 
-    def parts(self) -> dict[str, nn.Module | nn.Parameter]:
-        """Return what the method is made of, by names that mean the same in every method.
-
-        Those inside `towers` (image, text, image_projection, text_projection, log_scale), then the method's own.
-        """
-        named: dict[str, nn.Module | nn.Parameter] = {}
-        for module in (self.get_submodule("towers"), self) if hasattr(self, "towers") else (self,):
-            named |= dict(module.named_children())
-            named |= dict(module.named_parameters(recurse=False))
-        named.pop("towers", None)
-        return named
-
     @abstractmethod
     def encode_image(self, images_BHWC: Tensor) -> Tensor:
         """Return L2-normalised float32 [B, E] of uint8 pictures, without augmentation."""
