@@ -273,10 +273,10 @@ def _show_default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
     """The default that a key has in this configuration, not the one of its class alone."""
     first, *rest = name.split(".")
     outer = model.model_fields[first]
-    if rest and outer.is_required():
+    value = None if outer.is_required() else outer.get_default(call_default_factory=True)
+    if rest and not isinstance(value, BaseModel):  # the group has no default of its own, as one of its keys is required
         inner = nested_model(outer.annotation)
         return _show_default(inner, ".".join(rest), field) if inner else "(required)"
-    value = outer.get_default(call_default_factory=True)
     for part in rest:
         value = getattr(value, part, None)
     return "(required)" if field.is_required() else _show(value)

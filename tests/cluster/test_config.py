@@ -171,3 +171,18 @@ def test_a_group_without_a_shorthand_still_refuses_a_word() -> None:
 @pytest.mark.parametrize("word", ["inf", "nan", "1e999"])
 def test_numbers_are_finite(word: str) -> None:
     assert refusal("input=a", f"fetch.timeout_s={word}").startswith(f"fetch.timeout_s={word}: Input should be a finite")
+
+
+class Source(Config):
+    place: str = key(REQUIRED, "where it is")
+    column: str = key("caption", "what is read")
+
+
+class Reader(Config):
+    source: Source = key({}, "what is read")
+
+
+def test_help_shows_the_defaults_of_a_group_that_has_a_required_key() -> None:
+    lines = help_text(Reader).splitlines()
+    assert "  source.place=(required)" in lines
+    assert "  source.column=caption" in lines
