@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from loopback import listen_on_loopback
 from PIL import Image
 
 from cluster.config import parse
@@ -151,12 +152,14 @@ class Web:
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    """A running server on every loopback address."""
+    """A running server on 127.0.0.1 to 127.0.0.3."""
     served, loop, ready = Web(), asyncio.new_event_loop(), threading.Event()
+    servers: list[asyncio.Server] = []
 
     async def main() -> None:
-        server = await asyncio.start_server(served.serve, "0.0.0.0", 0, backlog=512)
-        served.port = server.sockets[0].getsockname()[1]
+        sockets = listen_on_loopback(3, backlog=512)
+        served.port = sockets[0].getsockname()[1]
+        servers.extend([await asyncio.start_server(served.serve, sock=each) for each in sockets])
         ready.set()
 
     def run() -> None:
@@ -170,6 +173,8 @@ def web() -> Iterator[Web]:
     yield served
 
     def stop() -> None:
+        for server in servers:
+            server.close()
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.dataset
 import pytest
 import ray
+from loopback import listen_on_loopback
 
 from cluster.config import parse
 from cluster.session import RayConfig, ray_session
@@ -29,7 +30,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class Web:
-    """A server on every address of 127.0.0.0/8 that counts. `files`: (host, path) -> answer; else a picture."""
+    """A server on 127.0.0.1 to 127.0.0.9 that counts. `files`: (host, path) -> answer; else a picture."""
 
     port: int = 0
     delay_s: float = 0.0
@@ -89,19 +90,24 @@ def server() -> Iterator[Web]:
 
     class Server(http.server.ThreadingHTTPServer):
         daemon_threads = True
-        request_queue_size = 256
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Clients hang up where they refuse a body."""
 
-    listening = Server(("0.0.0.0", 0), Handler)
-    here.port = listening.server_port
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
+    servers = []
+    for listening in listen_on_loopback(9, backlog=256):
+        one = Server(listening.getsockname(), Handler, bind_and_activate=False)
+        one.socket.close()
+        one.socket = listening
+        servers.append((one, threading.Thread(target=one.serve_forever, daemon=True)))
+    here.port = servers[0][0].socket.getsockname()[1]
+    for _, thread in servers:
+        thread.start()
     yield here
-    listening.shutdown()
-    listening.server_close()
-    thread.join()
+    for one, thread in servers:
+        one.shutdown()
+        one.server_close()
+        thread.join()
 
 
 @pytest.fixture
