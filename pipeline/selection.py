@@ -1,11 +1,9 @@
 """From decisions and duplicates to the rows of a fetch unit that go into shards."""
 
 import io
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cluster.journal import Marker
+from cluster.scratch import scratch_folder
 from cluster.store import Store
 from pipeline.buckets import Records, read_bucket, read_bucket_sizes
 from pipeline.readers.schema import RESERVED
@@ -92,10 +91,7 @@ def open_images(store: Store, images: WorkFile) -> Iterator[BinaryIO]:
 
     RunError when it is missing or damaged.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="pairmill-") as folder,
-        open(images.local(store, Path(folder)), "rb") as file,
-    ):
+    with scratch_folder() as folder, open(images.local(store, folder), "rb") as file:
         yield file
 
 

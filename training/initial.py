@@ -6,13 +6,12 @@ log_scale, decoder, ...), or by a name inside of one (image.blocks).
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from cluster.errors import RequestError
+from cluster.scratch import scratch_folder
 from cluster.store import Store
 from training.checkpoint import TOKENIZER_FILE, WEIGHTS_FILE, local_copy
 from training.config import InitConfig, TrainPlan
@@ -55,9 +54,9 @@ def write_initial(store: Store, weights: Weights) -> None:
     """Keep the weights in the run's folder."""
     from safetensors.torch import save_file
 
-    with TemporaryDirectory(prefix="pairmill-") as folder:
-        save_file({name: value.contiguous() for name, value in weights.items()}, Path(folder) / INITIAL_FILE)
-        store.put_file(Path(folder) / INITIAL_FILE, INITIAL_FILE)
+    with scratch_folder() as folder:
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / INITIAL_FILE)
+        store.put_file(folder / INITIAL_FILE, INITIAL_FILE)
 
 
 def initialise(method: Method, store: Store, init: InitConfig) -> None:

@@ -9,7 +9,6 @@ import io
 import lzma
 import os
 import posixpath
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import RequestError
+from cluster.scratch import scratch_folder
 
 FORMATS = {
     ".parquet": "parquet",
@@ -88,8 +88,8 @@ def local_copy(source: Source) -> Iterator[tuple[Path, str]]:
             yield Path(path), hashlib.file_digest(file, "sha256").hexdigest()
         return
     digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory(prefix="pairmill-") as folder:
-        copy = Path(folder) / "list"
+    with scratch_folder() as folder:
+        copy = folder / "list"
         with fs.open(path, "rb") as remote, open(copy, "wb") as local:
             while piece := remote.read(COPY_BYTES):
                 digest.update(piece)
