@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +15,8 @@ from cluster.run import open_run
 from cluster.session import ray_session, require_reachable
 from cluster.store import Store
 from pipeline.config import BuildConfig
-from pipeline.decide import DecideStage
-from pipeline.dedup import DedupStage, num_partitions
+from pipeline.curation.chain import curate
+from pipeline.curation.context import Context, Curated
 from pipeline.fetch import FetchStage
 from pipeline.generations import num_repairs
 from pipeline.ledgers import Ledgers, LocalLedgers, RayLedgers
@@ -28,8 +27,6 @@ from pipeline.publish import make_manifest, publish, refuse_empty
 from pipeline.record import RecordStage, total_counts
 from pipeline.repair import Repair
 from pipeline.report import REPORT_FILE, write_report
-from pipeline.rules import rules_of
-from pipeline.selection import DecidedUnit, Duplicates, num_dropped
 from pipeline.timings import Timing, add_timing, images_per_s, read_timings
 
 logger = logging.getLogger(__name__)
@@ -86,6 +83,7 @@ class Build:
         self._journal = Journal(store)
         self._executor = executor
         self._progress = progress
+        self._stages: list[str] = []
 
     def run(self, read: ReadStage) -> Manifest:
         """Do what is left of every stage and publish the manifest. RunError if no pair is kept."""
@@ -93,17 +91,11 @@ class Build:
         sources = self._stage(read)
         ordered = self._stage(OrderStage.of(config, store, sources))
         fetched = self._stage(replace(FetchStage.of(config, store, ordered), ledgers=self._ledgers))
-        num_downloaded = sum(marker.counts.get("reason:ok", 0) for marker in fetched.values())
-        rules, partitions = rules_of(config.curate), num_partitions(num_downloaded)
-        decided = self._stage(DecideStage.of(store, list(fetched.values()), rules, partitions))
-        keys = tuple(marker.path_of("keys.bin") for marker in decided.values())
-        deduped: dict[str, Marker] = {}
-        if config.dedup.exact:
-            deduped = self._stage(DedupStage(store=store, keys=keys, partitions=partitions))
-        packed, recorded = self._write(fetched, decided, deduped)
+        curated = curate(Context(config=config, store=store, run_stage=self._stage), fetched)
+        packed, recorded = self._write(curated)
         refuse_empty(total_counts(recorded), config.input)
         manifest = make_manifest(store, config, list(sources.values()), list(packed.values()), recorded)
-        for stage in ("plan-read", "plan-order", "fetch", "decide", "dedup", "pack", "record"):
+        for stage in self._stages:
             self._journal.sweep(stage)
         while len(manifest.repairs) < num_repairs(self._journal):  # manifest.json of a repaired dataset was removed
             manifest = self.repair(manifest)
@@ -124,36 +116,29 @@ class Build:
             return RayLedgers.start(self._config.fetch)
         return LocalLedgers(self._config.fetch)
 
-    def _write(
-        self, fetched: Mapping[str, Marker], decided: Mapping[str, Marker], deduped: Mapping[str, Marker]
-    ) -> tuple[dict[str, Marker], dict[str, Marker]]:
+    def _write(self, curated: Curated) -> tuple[dict[str, Marker], dict[str, Marker]]:
         """Stages pack and record."""
         size = self._config.pack.samples_per_shard
-        units = tuple(DecidedUnit.of(index, fetched[name], decided[name]) for index, name in enumerate(fetched))
-        duplicates = Duplicates(
-            paths=tuple(marker.path_of("duplicates.bin") for marker in deduped.values()), num_units=len(units)
-        )
-        dropped = num_dropped(self._store, duplicates)
-        num_kept = [decided[unit.id].counts["kept"] - dropped[unit.index] for unit in units]
-        shards = tuple(tuple(parts) for parts in cut_shards(units, num_kept, size))
+        shards = tuple(tuple(parts) for parts in cut_shards(curated.units, curated.num_kept, size))
         pack = PackStage(
             store=self._store,
             shards=shards,
-            duplicates=duplicates,
+            drops=curated.drops,
             samples_per_shard=size,
             more_columns=more_columns(self._config),
         )
         record = RecordStage(
             store=self._store,
-            decided=units,
-            num_kept=tuple(num_kept),
-            duplicates=duplicates,
+            decided=curated.units,
+            num_kept=curated.num_kept,
+            drops=curated.drops,
             samples_per_shard=size,
         )
         return self._stage(pack), self._stage(record)
 
     def _stage(self, stage: Any) -> dict[str, Marker]:
         """Run a `Stage` (a frozen one, whose members the protocol would have settable) and note what it took."""
+        self._stages.append(stage.name)
         done_before = self._journal.markers(stage.name)
         started = time.monotonic()
         markers = run_stage(stage, self._journal, self._executor, self._progress)

@@ -2,7 +2,7 @@
 
 decisions.parquet   one row per (downloaded row, rule): row, uid, rule, score, threshold, keep, reason
 kept.npy            int32 row numbers that every rule keeps, ascending
-keys.bin            `dedup.KEY` of the kept rows in hash order, one bucket per dedup partition
+keys.bin            `exact.KEY` of the kept rows in hash order, one bucket per dedup partition
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
 from pipeline.buckets import write_buckets
-from pipeline.dedup import make_keys, partition_of
+from pipeline.duplicates.exact import make_keys, partition_of
 from pipeline.rules import Rule, columns_of, passes
 from pipeline.selection import column_list, read_checked
 from pipeline.workfile import WorkFile

@@ -18,7 +18,7 @@ from cluster.store import Store
 from pipeline.config import BuildConfig
 from pipeline.manifest import IMG2DATASET_COLUMNS, SAMPLE_COLUMNS
 from pipeline.plain import json_form, plain_values
-from pipeline.selection import DecidedUnit, Duplicates, extra_columns, open_images, read_checked, survivors
+from pipeline.selection import DecidedUnit, Drops, extra_columns, open_images, read_checked, survivors
 from pipeline.tar import TarWriter
 
 _OFFSETS = ("image_offset", "image_size", "caption_offset", "caption_size")
@@ -76,7 +76,7 @@ class PackStage:
 
     store: Store
     shards: tuple[tuple[Part, ...], ...]
-    duplicates: Duplicates
+    drops: tuple[Drops, ...]
     samples_per_shard: int
     more_columns: tuple[str, ...] = ()
     first_shard: int = 0
@@ -109,7 +109,7 @@ class PackStage:
 
     def _pack_part(self, part: Part, number: int, tar: TarWriter) -> pa.Table:
         """Append a part's samples to the tar, the first one being sample `number`; returns their table."""
-        rows = survivors(self.store, part.unit, self.duplicates)[part.first : part.end]
+        rows = survivors(self.store, part.unit, self.drops)[part.first : part.end]
         table = read_checked(self.store, part.unit.rows).take(pa.array(rows, pa.int64()))
         extra = extra_columns(table.schema)
         added: dict[str, list[Any]] = {name: [] for name in ("key", *_OFFSETS)}

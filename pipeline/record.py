@@ -2,7 +2,7 @@
 
     record/00000.parquet   published; the fetch stage's columns with the final status, and
         status         "kept" or "dropped"; reason, rule, score and threshold are those of the stage that dropped it
-        duplicate_of   uid of the sample with the same bytes, for the reason `duplicate_bytes`
+        duplicate_of   uid of the sample that represents a duplicate
         shard, key     where the sample is, for kept pairs
         generation     0, or the number of the repair that tried the pair last
     counts             rows (input rows), pairs, kept, repeated_pair, reason:<reason> (input rows)
@@ -24,10 +24,16 @@ import pyarrow.parquet as pq
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.dedup import duplicate_uid
 from pipeline.pack import sample_key
-from pipeline.reasons import Reason
-from pipeline.selection import DecidedUnit, Duplicates, column_list, extra_columns, read_checked, survivors
+from pipeline.selection import (
+    DecidedUnit,
+    Drops,
+    column_list,
+    extra_columns,
+    read_checked,
+    representative_uid,
+    survivors,
+)
 
 REPEATED_PAIR = "repeated_pair"
 _VERDICT = ("status", "reason", "rule", "score", "threshold")
@@ -44,7 +50,7 @@ class RecordStage:
     store: Store
     decided: tuple[DecidedUnit, ...]
     num_kept: tuple[int, ...]
-    duplicates: Duplicates
+    drops: tuple[Drops, ...]
     samples_per_shard: int
     first_shard: int = 0
     generation: int = 0
@@ -88,11 +94,14 @@ class RecordStage:
         for decision in reversed(failed.to_pylist()):  # the first rule that dropped a row is written last
             for name in _VERDICT[1:]:
                 values[name][decision["row"]] = decision[name]
-        for duplicate in self.duplicates.of_unit(self.store, decided.index):
-            values["reason"][duplicate["row"]] = str(Reason.DUPLICATE_BYTES)
-            values["rule"][duplicate["row"]] = "dedup.exact"
-            values["duplicate_of"][duplicate["row"]] = duplicate_uid(duplicate)
-        for place, row in enumerate(survivors(self.store, decided, self.duplicates).tolist()):
+        for step in self.drops:
+            for drop in step.of_unit(self.store, decided.index):
+                row, score = drop["row"], float(drop["score"])
+                values["reason"][row], values["rule"][row] = str(step.reason), step.rule
+                values["score"][row] = None if np.isnan(score) else score
+                values["threshold"][row] = step.threshold
+                values["duplicate_of"][row] = representative_uid(drop)
+        for place, row in enumerate(survivors(self.store, decided, self.drops).tolist()):
             values["shard"][row], values["key"][row] = sample_key(start + place, self.samples_per_shard)
         values["status"] = ["dropped" if reason else "kept" for reason in values["reason"]]
         values["generation"] = [self.generation] * table.num_rows

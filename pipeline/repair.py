@@ -8,7 +8,7 @@ on; the dataset is whole all the time.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Optional
 
@@ -22,8 +22,8 @@ from cluster.run import require_run
 from cluster.session import RayConfig, ray_session, require_reachable
 from cluster.store import Store
 from pipeline.config import BuildConfig, FetchConfig
-from pipeline.decide import DecideStage
-from pipeline.dedup import num_partitions
+from pipeline.curation.chain import curate
+from pipeline.curation.context import Context, Curated, RunStage
 from pipeline.fetch import FetchStage
 from pipeline.generations import record_markers, stage_name
 from pipeline.manifest import MANIFEST_FILE, SAMPLE_COLUMNS, Manifest, read_manifest
@@ -31,14 +31,10 @@ from pipeline.pack import PackStage, cut_shards, more_columns
 from pipeline.publish import extend_manifest
 from pipeline.reasons import is_transient
 from pipeline.record import REPEATED_PAIR, RecordStage, total_counts
-from pipeline.repair_stages import Change, KeysStage, NewDuplicatesStage, PlanStage, UpdateStage
-from pipeline.rules import rules_of
-from pipeline.selection import DecidedUnit, Duplicates, num_dropped
+from pipeline.repair_stages import Change, PlanStage, UpdateStage
 from pipeline.workfile import WorkFile
 
 _REASON = "reason:"
-RunStage = Callable[[Any], dict[str, Marker]]
-"""Brings a stage's units to their markers."""
 
 
 def _overrides(group: type[Config], name: str) -> Any:
@@ -143,12 +139,15 @@ class Repair:
         planned = self.run_stage(PlanStage(store=self.store, groups=records, name=self._name("plan")))
         fetch = FetchStage.of(self.config, self.store, planned)
         fetched = self.run_stage(replace(fetch, name=self._name("fetch"), ledgers=self.ledgers))
-        num_new = sum(marker.counts.get("reason:ok", 0) for marker in fetched.values())
-        partitions = num_partitions(self.manifest.num_samples + num_new)
-        decide = DecideStage.of(self.store, list(fetched.values()), rules_of(self.config.curate), partitions)
-        decided = self.run_stage(replace(decide, name=self._name("decide")))
-        deduped = self._dedup(decided, partitions) if self.config.dedup.exact and num_new else {}
-        packed, judged = self._write(fetched, decided, deduped)
+        context = Context(
+            config=self.config,
+            store=self.store,
+            run_stage=self.run_stage,
+            generation=self.number,
+            known=self.manifest.shards,
+            num_known=self.manifest.num_samples,
+        )
+        packed, judged = self._write(curate(context, fetched))
         changes = tuple(
             Change(before=before, verdicts=WorkFile.of(verdicts, "record.parquet"))
             for group, verdicts in zip(groups, judged.values(), strict=True)
@@ -169,32 +168,13 @@ class Repair:
         recorded = record_markers(Journal(self.store), before=self.number + 1)
         return extend_manifest(self.store, self.manifest, list(packed.values()), recorded, history)
 
-    def _dedup(self, decided: Mapping[str, Marker], partitions: int) -> dict[str, Marker]:
-        keys = KeysStage(store=self.store, shards=self.manifest.shards, partitions=partitions, name=self._name("keys"))
-        old = self.run_stage(keys)
-        return self.run_stage(
-            NewDuplicatesStage(
-                store=self.store,
-                old_keys=_paths(old, "keys.bin"),
-                new_keys=_paths(decided, "keys.bin"),
-                partitions=partitions,
-                name=self._name("dedup"),
-            )
-        )
-
-    def _write(
-        self, fetched: Mapping[str, Marker], decided: Mapping[str, Marker], deduped: Mapping[str, Marker]
-    ) -> tuple[dict[str, Marker], dict[str, Marker]]:
+    def _write(self, curated: Curated) -> tuple[dict[str, Marker], dict[str, Marker]]:
         """Stages pack and verdict: as those of a build, behind the shards that are there."""
         size, first_shard = self.config.pack.samples_per_shard, len(self.manifest.shards)
-        units = tuple(DecidedUnit.of(index, fetched[name], decided[name]) for index, name in enumerate(fetched))
-        duplicates = Duplicates(paths=_paths(deduped, "duplicates.bin"), num_units=len(units))
-        dropped = num_dropped(self.store, duplicates)
-        num_kept = tuple(int(decided[unit.id].counts["kept"] - dropped[unit.index]) for unit in units)
         pack = PackStage(
             store=self.store,
-            shards=tuple(tuple(parts) for parts in cut_shards(units, num_kept, size)),
-            duplicates=duplicates,
+            shards=tuple(tuple(parts) for parts in cut_shards(curated.units, curated.num_kept, size)),
+            drops=curated.drops,
             samples_per_shard=size,
             more_columns=more_columns(self.config),
             first_shard=first_shard,
@@ -202,9 +182,9 @@ class Repair:
         )
         judge = RecordStage(
             store=self.store,
-            decided=units,
-            num_kept=num_kept,
-            duplicates=duplicates,
+            decided=curated.units,
+            num_kept=curated.num_kept,
+            drops=curated.drops,
             samples_per_shard=size,
             first_shard=first_shard,
             generation=self.number,
@@ -246,7 +226,3 @@ def _may_pass(name: str) -> bool:
 def _counts_text(counts: Mapping[str, int]) -> str:
     ordered = sorted(counts.items(), key=lambda item: (item[0] != "kept", -item[1], item[0]))
     return ", ".join(f"{name} {number:,}" for name, number in ordered)
-
-
-def _paths(markers: Mapping[str, Marker], name: str) -> tuple[str, ...]:
-    return tuple(marker.path_of(name) for marker in markers.values())

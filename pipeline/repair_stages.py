@@ -2,8 +2,6 @@
 
 Stage `plan`, a unit per fetch unit to be: rows.parquet, the PLANNED rows of the pairs that failed transiently, from the
     records; counts rows, pairs, units (1)
-Stage `keys`, a unit per shard: keys.bin, `dedup.KEY` of its samples, one bucket per dedup partition
-Stage `dedup`, a unit per partition: duplicates.bin as in a build, a bucket per fetch unit of the repair
 Stage `record`, a unit per record that changes: `record/00000.parquet` with the new verdicts in the place of the old
 """
 
@@ -12,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,18 +18,13 @@ from cluster.errors import RunError
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, read_bucket, write_buckets
-from pipeline.dedup import KEY, KEYS_PER_PARTITION, find_duplicates, make_keys, partition_of
-from pipeline.manifest import Shard
 from pipeline.plan import PLANNED
 from pipeline.reasons import is_transient
 from pipeline.record import count_rows
-from pipeline.selection import DUPLICATE, column_list, extra_columns, read_checked, read_table
+from pipeline.selection import column_list, extra_columns, read_checked
 from pipeline.workfile import WorkFile
 
 _VERDICT = ("reason", "rule", "score", "threshold", "detail")
-IN_DATASET = np.uint32(2**32 - 1)
-"""The unit of keys whose samples are in the dataset already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,83 +61,6 @@ def _to_try_again(record: pa.Table) -> pa.Table:
         for field in PLANNED
     }
     return pa.table(columns | {name: rows[name] for name in extra_columns(record.schema)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeysStage:
-    """The samples that are in the dataset."""
-
-    store: Store
-    shards: tuple[Shard, ...]
-    partitions: int
-    name: str
-    num_cpus: float = 1.0
-    memory_bytes: int = 256 * 2**20
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "shards": ()}
-
-    def units(self) -> Sequence[Unit]:
-        return [Unit(id=f"{shard.index:05}", params={"path": shard.parquet.path}) for shard in self.shards]
-
-    def run(self, unit: Unit, output: UnitOutput) -> None:
-        table = read_table(self.store, unit.params["path"], ["sha256", "uid"])
-        hashes, uids = column_list(table, "sha256"), column_list(table, "uid")
-        keys = make_keys(hashes, uids, int(IN_DATASET), range(table.num_rows))
-        write_buckets(output.path("keys.bin"), keys, partition_of(keys, self.partitions), self.partitions)
-        output.count("rows", table.num_rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewDuplicatesStage:
-    """Duplicates among newcomers, and of samples in the dataset, which always stay.
-
-    old_keys, new_keys: key files of the shards and of the repair's decide units, in unit order.
-    """
-
-    store: Store
-    old_keys: tuple[str, ...]
-    new_keys: tuple[str, ...]
-    partitions: int
-    name: str
-    num_cpus: float = 1.0
-    memory_bytes: int = KEYS_PER_PARTITION * KEY.itemsize * 8
-
-    def units(self) -> Sequence[Unit]:
-        return [Unit(id=f"{index:05}", params={"partition": index}) for index in range(self.partitions)]
-
-    def run(self, unit: Unit, output: UnitOutput) -> None:
-        partition = unit.params["partition"]
-        dropped, representatives = find_newcomers(
-            self._read(self.old_keys, partition), self._read(self.new_keys, partition)
-        )
-        order = np.lexsort((dropped["row"], dropped["unit"]))
-        duplicates = np.empty(len(dropped), DUPLICATE)
-        duplicates["row"] = dropped["row"][order]
-        duplicates["uid_high"] = representatives["uid_high"][order]
-        duplicates["uid_low"] = representatives["uid_low"][order]
-        units = dropped["unit"][order].astype(np.int64)
-        write_buckets(output.path("duplicates.bin"), duplicates, units, len(self.new_keys))
-        output.count("dropped", len(dropped))
-
-    def _read(self, paths: Sequence[str], partition: int) -> Records:
-        parts = [read_bucket(self.store, path, partition, self.partitions, KEY) for path in paths]
-        return np.concatenate([np.empty(0, KEY), *parts])
-
-
-def find_newcomers(old: Records, new: Records) -> tuple[Records, Records]:
-    """(dropped newcomers, the key that represents each): one that is in the dataset, else the smallest uid.
-
-    For `find_duplicates` an old key's uid is its place, which is smaller than any uid: the old one represents.
-    """
-    places = old.copy()
-    places["uid_high"], places["uid_low"] = 0, np.arange(len(old), dtype=np.uint64)
-    dropped, representatives = find_duplicates(np.concatenate([places, new]))
-    is_new = dropped["unit"] != IN_DATASET
-    dropped, representatives = dropped[is_new], representatives[is_new].copy()
-    is_old = representatives["unit"] == IN_DATASET
-    representatives[is_old] = old[representatives["uid_low"][is_old].astype(np.int64)]
-    return dropped, representatives
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,10 @@
-"""From decisions and duplicates to the rows of a fetch unit that go into shards."""
+"""From decisions and drops to the rows of a fetch unit that go into shards."""
 
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,12 +15,12 @@ from numpy.typing import NDArray
 from cluster.journal import Marker
 from cluster.scratch import scratch_folder
 from cluster.store import Store
-from pipeline.buckets import Records, read_bucket, read_bucket_sizes
+from pipeline.buckets import Records, read_bucket, read_bucket_sizes, write_buckets
 from pipeline.readers.schema import RESERVED
 from pipeline.workfile import WorkFile
 
-# A dropped row of a fetch unit and the uid of the sample that represents it.
-DUPLICATE = np.dtype([("row", "<u4"), ("uid_high", "<u8"), ("uid_low", "<u8")])
+# A dropped row of a fetch unit, the uid of the sample that represents it (0: none does), and what the step measured.
+DROP = np.dtype([("row", "<u4"), ("uid_high", "<u8"), ("uid_low", "<u8"), ("score", "<f4")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class DecidedUnit:
     images: WorkFile
     kept: WorkFile
     decisions: WorkFile
+    keys: WorkFile
 
     @staticmethod
     def of(index: int, fetched: Marker, decided: Marker) -> "DecidedUnit":
@@ -42,36 +44,61 @@ class DecidedUnit:
             images=WorkFile.of(fetched, "images.tar"),
             kept=WorkFile.of(decided, "kept.npy"),
             decisions=WorkFile.of(decided, "decisions.parquet"),
+            keys=WorkFile.of(decided, "keys.bin"),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duplicates:
-    """The outputs of the dedup stage, one a partition; each has a bucket per fetch unit."""
+class Drops:
+    """What one step of curation dropped of the rows that the rules and the steps before it had kept.
 
+    rule, reason, threshold: what the record says of these rows. paths: the step's outputs, each of which has a bucket
+    of `DROP` per fetch unit.
+    """
+
+    rule: str
+    reason: str
     paths: tuple[str, ...]
     num_units: int
+    threshold: float | None = None
 
     def of_unit(self, store: Store, index: int) -> Records:
-        """Every `DUPLICATE` of one fetch unit, ordered by row."""
-        parts = [read_bucket(store, path, index, self.num_units, DUPLICATE) for path in self.paths]
-        found = np.concatenate(parts) if parts else np.empty(0, DUPLICATE)
+        """Every `DROP` of one fetch unit, ordered by row."""
+        parts = [read_bucket(store, path, index, self.num_units, DROP) for path in self.paths]
+        found = np.concatenate(parts) if parts else np.empty(0, DROP)
         return found[np.argsort(found["row"], kind="stable")]
 
 
-def survivors(store: Store, unit: DecidedUnit, duplicates: Duplicates) -> NDArray[np.int64]:
-    """Row numbers of a fetch unit that rules and deduplication kept, ascending."""
+def survivors(store: Store, unit: DecidedUnit, drops: Sequence[Drops]) -> NDArray[np.int64]:
+    """Row numbers of a fetch unit that the rules and these steps kept, ascending."""
     kept: NDArray[np.int64] = np.load(io.BytesIO(unit.kept.read(store))).astype(np.int64)
-    dropped = duplicates.of_unit(store, unit.index)["row"]
-    return kept[~np.isin(kept, dropped)]
+    for step in drops:
+        kept = kept[~np.isin(kept, step.of_unit(store, unit.index)["row"])]
+    return kept
 
 
-def num_dropped(store: Store, duplicates: Duplicates) -> NDArray[np.int64]:
-    """[units] how many rows of each fetch unit are duplicates."""
-    total = np.zeros(duplicates.num_units, np.int64)
-    for path in duplicates.paths:
-        total += read_bucket_sizes(store, path, duplicates.num_units)
+def num_dropped(store: Store, drops: Sequence[Drops], num_units: int) -> NDArray[np.int64]:
+    """[units] how many rows of each fetch unit these steps dropped."""
+    total = np.zeros(num_units, np.int64)
+    for step in drops:
+        for path in step.paths:
+            total += read_bucket_sizes(store, path, num_units)
     return total
+
+
+def write_drops(path: Path, dropped: Records, representatives: Records, num_units: int, score: float = np.nan) -> None:
+    """One output of `Drops.paths`: what was dropped (`unit`, `row`) and whose uid represents it."""
+    order = np.lexsort((dropped["row"], dropped["unit"]))
+    drops = np.empty(len(dropped), DROP)
+    drops["row"], drops["score"] = dropped["row"][order], score
+    drops["uid_high"], drops["uid_low"] = representatives["uid_high"][order], representatives["uid_low"][order]
+    write_buckets(path, drops, dropped["unit"][order].astype(np.int64), num_units)
+
+
+def representative_uid(drop: Records) -> str | None:
+    """The uid, as hex, of the sample that represents a dropped row; None where none does."""
+    high, low = int(drop["uid_high"]), int(drop["uid_low"])
+    return f"{high:016x}{low:016x}" if high or low else None
 
 
 def read_checked(store: Store, file: WorkFile, columns: Sequence[str] | None = None) -> pa.Table:

@@ -13,7 +13,7 @@ from cluster.store import Store
 from pipeline.buckets import read_bucket
 from pipeline.config import CurateConfig
 from pipeline.decide import DecideStage
-from pipeline.dedup import KEY
+from pipeline.duplicates.exact import KEY
 from pipeline.rules import AspectRatio, Blank, MinimumSide, rules_of
 from pipeline.selection import read_table
 

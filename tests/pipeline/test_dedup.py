@@ -11,8 +11,8 @@ from cluster.journal import Journal
 from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.buckets import write_buckets
-from pipeline.dedup import DedupStage, duplicate_uid, find_duplicates, make_keys, num_partitions, partition_of
-from pipeline.selection import Duplicates, num_dropped
+from pipeline.duplicates.exact import DedupStage, find_duplicates, make_keys, num_partitions, partition_of
+from pipeline.selection import Drops, num_dropped, representative_uid
 
 # (unit, row) -> (body, uid); bodies a and b repeat inside a unit and across units
 PAIRS = {
@@ -44,14 +44,15 @@ def write_keys(store: Store, partitions: int) -> tuple[str, ...]:
 def test_the_smallest_uid_represents_identical_bytes(store: Store, partitions: int) -> None:
     stage = DedupStage(store=store, keys=write_keys(store, partitions), partitions=partitions)
     markers = run_stage(stage, Journal(store), InlineExecutor(), Progress())
-    duplicates = Duplicates(paths=tuple(marker.path_of("duplicates.bin") for marker in markers.values()), num_units=3)
+    paths = tuple(marker.path_of("duplicates.bin") for marker in markers.values())
+    drops = Drops(rule="dedup.exact", reason="duplicate_bytes", paths=paths, num_units=3)
     found = {
-        (unit, int(duplicate["row"])): int(duplicate_uid(duplicate), 16)
+        (unit, int(drop["row"])): int(representative_uid(drop) or "0", 16)
         for unit in range(3)
-        for duplicate in duplicates.of_unit(store, unit)
+        for drop in drops.of_unit(store, unit)
     }
     assert found == DROPPED
-    assert num_dropped(store, duplicates).tolist() == [1, 1, 1]
+    assert num_dropped(store, (drops,), 3).tolist() == [1, 1, 1]
     assert sum(marker.counts["dropped"] for marker in markers.values()) == 3
 
 

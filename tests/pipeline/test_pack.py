@@ -20,13 +20,13 @@ from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.decide import DecideStage
-from pipeline.dedup import DedupStage
+from pipeline.duplicates.exact import DedupStage
 from pipeline.manifest import SAMPLE_COLUMNS
 from pipeline.pack import PackStage, Part, _sample_json, cut_shards, sample_key
 from pipeline.plain import json_form, plain_values
 from pipeline.record import RecordStage, total_counts
 from pipeline.rules import MinimumSide
-from pipeline.selection import DecidedUnit, Duplicates, num_dropped, read_table
+from pipeline.selection import DecidedUnit, Drops, num_dropped, read_table
 from pipeline.tar import TarWriter
 from pipeline.workfile import WorkFile
 
@@ -50,18 +50,17 @@ def run_all(store: Store, fetched: list[Marker], samples_per_shard: int) -> tupl
     keys = tuple(marker.path_of("keys.bin") for marker in decided.values())
     deduped = run(DedupStage(store=store, keys=keys, partitions=2))
     units = tuple(DecidedUnit.of(index, unit, decided[unit.unit]) for index, unit in enumerate(fetched))
-    duplicates = Duplicates(
-        paths=tuple(marker.path_of("duplicates.bin") for marker in deduped.values()), num_units=len(units)
-    )
-    dropped = num_dropped(store, duplicates)
+    paths = tuple(marker.path_of("duplicates.bin") for marker in deduped.values())
+    drops = (Drops(rule="dedup.exact", reason="duplicate_bytes", paths=paths, num_units=len(units)),)
+    dropped = num_dropped(store, drops, len(units))
     num_kept = [decided[unit.id].counts["kept"] - int(dropped[unit.index]) for unit in units]
     shards = tuple(tuple(parts) for parts in cut_shards(units, num_kept, samples_per_shard))
-    pack = PackStage(store=store, shards=shards, duplicates=duplicates, samples_per_shard=samples_per_shard)
+    pack = PackStage(store=store, shards=shards, drops=drops, samples_per_shard=samples_per_shard)
     record = RecordStage(
         store=store,
         decided=units,
         num_kept=tuple(num_kept),
-        duplicates=duplicates,
+        drops=drops,
         samples_per_shard=samples_per_shard,
     )
     return list(run(pack).values()), run(record)
@@ -180,7 +179,7 @@ def test_nothing_kept_makes_no_shard(store: Store, fetch: Any) -> None:
 @pytest.mark.parametrize("sizes", [[0], [5], [4], [1, 0, 0, 7, 2], [3, 3, 3], [12]])
 def test_shards_are_cut_at_exact_size(sizes: list[int]) -> None:
     units = [
-        DecidedUnit(index=index, id=str(index), rows=NONE, images=NONE, kept=NONE, decisions=NONE)
+        DecidedUnit(index=index, id=str(index), rows=NONE, images=NONE, kept=NONE, decisions=NONE, keys=NONE)
         for index in range(len(sizes))
     ]
     shards = cut_shards(units, sizes, 4)
@@ -191,11 +190,11 @@ def test_shards_are_cut_at_exact_size(sizes: list[int]) -> None:
 
 
 def test_workers_are_not_sent_the_list_of_all_shards(store: Store) -> None:
-    unit = DecidedUnit(index=0, id="0", rows=NONE, images=NONE, kept=NONE, decisions=NONE)
+    unit = DecidedUnit(index=0, id="0", rows=NONE, images=NONE, kept=NONE, decisions=NONE, keys=NONE)
     stage = PackStage(
         store=store,
         shards=tuple((Part(unit=unit, first=0, end=1),) for _ in range(1000)),
-        duplicates=Duplicates(paths=(), num_units=1),
+        drops=(),
         samples_per_shard=1,
     )
     assert len(pickle.dumps(stage)) < 1000

@@ -1,14 +1,15 @@
-"""Stage dedup: of all pairs whose downloaded bytes are identical, keep the one with the smallest uid.
+"""Step exact: of all pairs whose downloaded bytes are identical, keep the one with the smallest uid.
 
 The unit is a range of the keys' hash space. Every decide unit wrote its keys in hash order, one bucket a partition, so
 a partition is one range read per unit and its result does not depend on who computes it or when.
 
-    duplicates.bin   the dropped rows as `selection.DUPLICATE`, one bucket per fetch unit
+    duplicates.bin   the dropped rows as `selection.DROP`, one bucket per fetch unit
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,14 @@ from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
 from pipeline.buckets import Records, read_bucket, write_buckets
-from pipeline.selection import DUPLICATE
+from pipeline.curation.context import Context, Curated
+from pipeline.manifest import Shard
+from pipeline.reasons import Reason
+from pipeline.selection import Drops, column_list, read_table, write_drops
 
-REASON = "duplicate_bytes"
 KEYS_PER_PARTITION = 1_000_000
+IN_DATASET = np.uint32(2**32 - 1)
+"""The unit of keys whose samples are in the dataset already."""
 # 128 bits of the hash: two different images of a billion share them with probability 1.5e-21.
 KEY = np.dtype(
     [
@@ -98,9 +103,31 @@ def _find_by_sorting(keys: Records) -> tuple[Records, Records]:
     return keys[dropped], keys[representative[dropped]]
 
 
-def duplicate_uid(duplicate: Records) -> str:
-    """The representative's uid as hex."""
-    return f"{int(duplicate['uid_high']):016x}{int(duplicate['uid_low']):016x}"
+def drop_exact(context: Context, curated: Curated) -> Drops | None:
+    """Step of curation: of equal bytes one sample stays, one of the known ones before any newcomer."""
+    if not context.config.dedup.exact:
+        return None
+    keys, stage = tuple(unit.keys.path for unit in curated.units), context.name("dedup")
+    if context.known:
+        known = KeysStage(
+            store=context.store, shards=context.known, partitions=curated.num_partitions, name=context.name("keys")
+        )
+        known_keys = tuple(marker.path_of("keys.bin") for marker in context.run_stage(known).values())
+        done = context.run_stage(
+            NewDuplicatesStage(
+                store=context.store, old_keys=known_keys, new_keys=keys, partitions=curated.num_partitions, name=stage
+            )
+        )
+    else:
+        done = context.run_stage(
+            DedupStage(store=context.store, keys=keys, partitions=curated.num_partitions, name=stage)
+        )
+    return Drops(
+        rule="dedup.exact",
+        reason=Reason.DUPLICATE_BYTES,
+        paths=tuple(marker.path_of("duplicates.bin") for marker in done.values()),
+        num_units=len(curated.units),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +146,7 @@ class DedupStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         dropped, representatives = find_duplicates(self._read(unit.params["partition"]))
-        order = np.lexsort((dropped["row"], dropped["unit"]))
-        duplicates = np.empty(len(dropped), DUPLICATE)
-        duplicates["row"] = dropped["row"][order]
-        duplicates["uid_high"] = representatives["uid_high"][order]
-        duplicates["uid_low"] = representatives["uid_low"][order]
-        write_buckets(
-            output.path("duplicates.bin"), duplicates, dropped["unit"][order].astype(np.int64), len(self.keys)
-        )
+        write_drops(output.path("duplicates.bin"), dropped, representatives, len(self.keys))
         output.count("dropped", len(dropped))
 
     def _read(self, partition: int) -> Records:
@@ -142,6 +162,77 @@ class DedupStage:
             with ThreadPoolExecutor(16) as pool:
                 parts = list(pool.map(read, self.keys))
         return np.concatenate([np.empty(0, KEY), *parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysStage:
+    """The samples that are in the dataset."""
+
+    store: Store
+    shards: tuple[Shard, ...]
+    partitions: int
+    name: str
+    num_cpus: float = 1.0
+    memory_bytes: int = 256 * 2**20
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "shards": ()}
+
+    def units(self) -> Sequence[Unit]:
+        return [Unit(id=f"{shard.index:05}", params={"path": shard.parquet.path}) for shard in self.shards]
+
+    def run(self, unit: Unit, output: UnitOutput) -> None:
+        table = read_table(self.store, unit.params["path"], ["sha256", "uid"])
+        hashes, uids = column_list(table, "sha256"), column_list(table, "uid")
+        keys = make_keys(hashes, uids, int(IN_DATASET), range(table.num_rows))
+        write_buckets(output.path("keys.bin"), keys, partition_of(keys, self.partitions), self.partitions)
+        output.count("rows", table.num_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewDuplicatesStage:
+    """Duplicates among newcomers, and of samples in the dataset, which always stay.
+
+    old_keys, new_keys: key files of the shards and of the repair's decide units, in unit order.
+    """
+
+    store: Store
+    old_keys: tuple[str, ...]
+    new_keys: tuple[str, ...]
+    partitions: int
+    name: str
+    num_cpus: float = 1.0
+    memory_bytes: int = KEYS_PER_PARTITION * KEY.itemsize * 8
+
+    def units(self) -> Sequence[Unit]:
+        return [Unit(id=f"{index:05}", params={"partition": index}) for index in range(self.partitions)]
+
+    def run(self, unit: Unit, output: UnitOutput) -> None:
+        partition = unit.params["partition"]
+        dropped, representatives = find_newcomers(
+            self._read(self.old_keys, partition), self._read(self.new_keys, partition)
+        )
+        write_drops(output.path("duplicates.bin"), dropped, representatives, len(self.new_keys))
+        output.count("dropped", len(dropped))
+
+    def _read(self, paths: Sequence[str], partition: int) -> Records:
+        parts = [read_bucket(self.store, path, partition, self.partitions, KEY) for path in paths]
+        return np.concatenate([np.empty(0, KEY), *parts])
+
+
+def find_newcomers(old: Records, new: Records) -> tuple[Records, Records]:
+    """(dropped newcomers, the key that represents each): one that is in the dataset, else the smallest uid.
+
+    For `find_duplicates` an old key's uid is its place, which is smaller than any uid: the old one represents.
+    """
+    places = old.copy()
+    places["uid_high"], places["uid_low"] = 0, np.arange(len(old), dtype=np.uint64)
+    dropped, representatives = find_duplicates(np.concatenate([places, new]))
+    is_new = dropped["unit"] != IN_DATASET
+    dropped, representatives = dropped[is_new], representatives[is_new].copy()
+    is_old = representatives["unit"] == IN_DATASET
+    representatives[is_old] = old[representatives["uid_low"][is_old].astype(np.int64)]
+    return dropped, representatives
 
 
 def _in_hash_order(keys: Records) -> Records:

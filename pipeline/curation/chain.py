@@ -1,0 +1,32 @@
+"""The steps of curation, one after the other: each sees what those before it have left."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cluster.journal import Marker
+from pipeline.curation.context import Context, Curated, Step
+from pipeline.decide import DecideStage
+from pipeline.duplicates.exact import drop_exact, num_partitions
+from pipeline.rules import rules_of
+from pipeline.selection import DecidedUnit, num_dropped
+
+STEPS: tuple[Step, ...] = (drop_exact,)
+
+
+def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
+    """What is kept of these fetch units; `num_kept` of the result is what every step has left."""
+    num_downloaded = sum(marker.counts.get("reason:ok", 0) for marker in fetched.values())
+    partitions = num_partitions(context.num_known + num_downloaded)
+    decide = DecideStage.of(context.store, list(fetched.values()), rules_of(context.config.curate), partitions)
+    decided = context.run_stage(replace(decide, name=context.name("decide")))
+    curated = Curated(
+        units=tuple(DecidedUnit.of(index, fetched[name], decided[name]) for index, name in enumerate(fetched)),
+        num_kept=tuple(marker.counts["kept"] for marker in decided.values()),
+        num_partitions=partitions,
+    )
+    for step in STEPS:
+        if drops := step(context, curated):
+            curated = curated.without(drops)
+    dropped = num_dropped(context.store, curated.drops, len(curated.units))
+    left = tuple(int(kept - dropped[index]) for index, kept in enumerate(curated.num_kept))
+    return replace(curated, num_kept=left)
