@@ -6,8 +6,8 @@ bounded number in flight; `InlineExecutor` runs the same function in this proces
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import ray
@@ -15,6 +15,7 @@ import ray
 from cluster.errors import PairmillError, RunError
 from cluster.interrupt import raise_if_interrupted
 from cluster.journal import Journal, Marker, UnitOutput
+from cluster.lineage import lineage
 from cluster.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,14 @@ INTERRUPT_CHECK_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One piece of a stage's work: `id` sorts in the stage's order and is valid as a file name."""
+    """One piece of a stage's work: `id` sorts in the stage's order and is valid as a file name.
+
+    inputs: what its marker will say that it was made from; `run_stage` fills it in.
+    """
 
     id: str
     params: dict[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, str] | None = None
 
 
 class Stage(Protocol):
@@ -123,8 +128,9 @@ def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Prog
     """
     units = stage.units()
     markers = journal.markers(stage.name)
-    journal.announce(stage.name, len(units))
-    missing = [unit for unit in units if unit.id not in markers]
+    journal.announce(stage.name, [unit.id for unit in units])
+    inputs_of = lineage(journal, stage)
+    missing = [replace(unit, inputs=inputs_of(unit)) for unit in units if unit.id not in markers]
     progress.start(stage.name, num_units=len(units), done=[markers[unit.id] for unit in units if unit.id in markers])
     task = unit_task(stage, journal)
     for marker in executor.map_unordered(task, missing, num_cpus=stage.num_cpus, memory_bytes=stage.memory_bytes):
@@ -136,7 +142,8 @@ def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Prog
     if missing:
         journal.sweep(stage.name)
     progress.finish()
-    return {unit.id: markers[unit.id] for unit in units}
+    journal.seen[stage.name] = {unit.id: markers[unit.id] for unit in units}
+    return dict(journal.seen[stage.name])
 
 
 def unit_task(stage: Stage, journal: Journal) -> Callable[[Unit], Marker | PairmillError]:
@@ -153,7 +160,8 @@ def unit_task(stage: Stage, journal: Journal) -> Callable[[Unit], Marker | Pairm
             started = time.monotonic()
             with journal.attempt(stage.name, unit.id) as output:
                 stage.run(unit, output)
-                return journal.commit(stage.name, unit.id, output, seconds=round(time.monotonic() - started, 3))
+                seconds = round(time.monotonic() - started, 3)
+                return journal.commit(stage.name, unit.id, output, seconds, unit.inputs)
         except PairmillError as error:
             return error
         except Exception as error:  # whatever a unit raises must reach the user with the unit's name

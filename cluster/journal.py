@@ -7,7 +7,7 @@ marker has won; what the others wrote is swept when the stage ends. An output th
 earlier, so two attempts that race write the same object.
 
     journal/<stage>/<unit>.json            the marker
-    journal/<stage>.json                   number of units planned, for `pairmill status`
+    journal/<stage>.json                   the units planned, and when the stage began
     work/<stage>/<unit>.<attempt>/<name>   outputs
 """
 
@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,7 +41,11 @@ class OutputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Marker:
-    """The proof that a unit is done: its outputs, and small counts that later stages and people read."""
+    """The proof that a unit is done: its outputs, and small counts that later stages and people read.
+
+    inputs: sha256 of the earlier outputs that the unit was made from, see `cluster.lineage`; None in the journals of
+    versions that did not write it down.
+    """
 
     stage: str
     unit: str
@@ -49,6 +53,7 @@ class Marker:
     outputs: tuple[OutputFile, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    inputs: Mapping[str, str] | None = None
 
     def path_of(self, name: str) -> str:
         """Path of the output called `name`. Raises KeyError."""
@@ -58,11 +63,17 @@ class Marker:
         raise KeyError(f"unit {self.stage}/{self.unit} has no output {name!r}")
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode()
+        """The marker with a check sum over itself: a flipped bit must not make it vouch for something else."""
+        plain = asdict(self)
+        return json.dumps(plain | {"check": _check_sum(plain)}, indent=1, sort_keys=True).encode()
 
     @staticmethod
     def from_json(data: bytes) -> "Marker":
+        """Raises ValueError, KeyError, TypeError or AttributeError for what is no marker, or not a whole one."""
         plain: dict[str, Any] = json.loads(data)
+        check = plain.pop("check", None)
+        if check not in (None, _check_sum(plain)):
+            raise ValueError("its check sum differs")
         outputs = tuple(OutputFile(**output) for output in plain.pop("outputs"))
         return Marker(outputs=outputs, **plain)
 
@@ -103,15 +114,22 @@ class UnitOutput:
 
 
 class Journal:
-    """Markers and outputs of one run, in its folder on any store. Can be pickled and sent to workers."""
+    """Markers and outputs of one run, in its folder on any store. Can be pickled and sent to workers.
+
+    seen: the markers of finished stages that were read through this object, for who asks what a unit is made from.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.seen: dict[str, Mapping[str, Marker]] = {}
+
+    def __reduce__(self) -> tuple[type["Journal"], tuple[Store]]:
+        return Journal, (self.store,)
 
     def marker(self, stage: str, unit: str) -> Marker | None:
         """The unit's marker, or None while it is not done."""
         try:
-            return Marker.read(self.store, _marker_path(stage, unit))
+            return Marker.read(self.store, marker_path(stage, unit))
         except FileNotFoundError:
             return None
 
@@ -125,9 +143,9 @@ class Journal:
                 found = list(pool.map(lambda path: Marker.read(self.store, path), paths))
         return {marker.unit: marker for marker in sorted(found, key=lambda marker: marker.unit)}
 
-    def announce(self, stage: str, num_units: int) -> None:
-        """Record how many units a stage has and when it began, for people who ask for the run's status."""
-        plan = {"num_units": num_units, "started": time.time()}
+    def announce(self, stage: str, units: Sequence[str]) -> None:
+        """Record which units a stage has and when it began, for people who ask for the run's status, and `verify`."""
+        plan = {"num_units": len(units), "started": time.time(), "units": list(units)}
         self.store.write_bytes(f"journal/{stage}.json", json.dumps(plan).encode())
 
     @contextlib.contextmanager
@@ -144,7 +162,14 @@ class Journal:
         with scratch_folder() as folder:
             yield UnitOutput(folder)
 
-    def commit(self, stage: str, unit: str, output: UnitOutput, seconds: float = 0.0) -> Marker:
+    def commit(
+        self,
+        stage: str,
+        unit: str,
+        output: UnitOutput,
+        seconds: float = 0.0,
+        inputs: Mapping[str, str] | None = None,
+    ) -> Marker:
         """Publish an attempt's files and create the unit's marker; returns the marker that won, ours or another's."""
         attempt = uuid.uuid4().hex[:12]
         files = []
@@ -154,13 +179,19 @@ class Journal:
             self.store.put_file(local, path)
             files.append(OutputFile(name=name, path=path, size_bytes=size_bytes, sha256=sha256))
         marker = Marker(
-            stage=stage, unit=unit, attempt=attempt, outputs=tuple(files), counts=output.counts, seconds=seconds
+            stage=stage,
+            unit=unit,
+            attempt=attempt,
+            outputs=tuple(files),
+            counts=output.counts,
+            seconds=seconds,
+            inputs=inputs,
         )
-        if self.store.create(_marker_path(stage, unit), marker.to_json()):
+        if self.store.create(marker_path(stage, unit), marker.to_json()):
             return marker
         winner = self.marker(stage, unit)
         if winner is None:
-            raise FileNotFoundError(f"{_marker_path(stage, unit)} was created by another attempt, then removed")
+            raise FileNotFoundError(f"{marker_path(stage, unit)} was created by another attempt, then removed")
         return winner
 
     def sweep(self, stage: str) -> int:
@@ -183,8 +214,13 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _marker_path(stage: str, unit: str) -> str:
+def marker_path(stage: str, unit: str) -> str:
+    """Where a unit's marker is, in the run's folder."""
     return f"journal/{stage}/{unit}.json"
+
+
+def _check_sum(plain: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _remove_empty_folders(root: Path) -> None:
