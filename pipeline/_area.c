@@ -70,9 +70,9 @@ static void widen(const uint8_t *row, int n, float *wide)
         wide[i] = row[i];
 }
 
-/* ROWS rows that lie `stride` floats apart, each `target` pixels long in the result. */
+/* ROWS rows that lie `stride` floats apart, in the result `packed` apart and each `target` pixels long. */
 FOR_EACH_CPU
-static void shrink_rows(const float *wide, size_t stride, const Axis *axis, int target, Pixel *result)
+static void shrink_rows(const float *wide, size_t stride, const Axis *axis, int target, float *result, size_t packed)
 {
     const float *weights = axis->weights;
     for (int x = 0; x < target; x++, weights += axis->taps) {
@@ -86,7 +86,7 @@ static void shrink_rows(const float *wide, size_t stride, const Axis *axis, int 
             }
         }
         for (int row = 0; row < ROWS; row++)
-            result[(size_t)row * target + x] = sums[row];
+            memcpy(result + row * packed + 3 * (size_t)x, &sums[row], sizeof(Pixel)); /* the next one covers the lane */
     }
 }
 
@@ -100,10 +100,13 @@ static void add_row(const float *row, float weight, int is_first, int n, float *
 FOR_EACH_CPU
 static void round_row(const float *sum, int n, uint8_t *result)
 {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves no bits for a fraction */
-    for (int x = 0; x < n; x++)
-        for (int channel = 0; channel < 3; channel++)
-            result[3 * x + channel] = (uint8_t)(int)((sum[LANES * x + channel] + shift) - shift);
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it leaves the whole number in the lowest bits */
+    for (int i = 0; i < n; i++) {
+        float shifted = sum[i] + shift;
+        uint32_t bits;
+        memcpy(&bits, &shifted, sizeof bits);
+        result[i] = (uint8_t)bits;
+    }
 }
 
 /* source [height][width][3] -> result [target_height][target_width][3], no side of it longer. 0, or -1 without memory. */
@@ -114,11 +117,12 @@ int pairmill_shrink_area(const uint8_t *source, int height, int width, uint8_t *
     int is_ready = plan(&across, width, target_width) & plan(&down, height, target_height);
     size_t stride = 3 * ((size_t)width + across.taps) + LANES; /* weights of zero reach beyond the row's end */
     float *wide = calloc(ROWS * stride, sizeof(float));
-    Pixel *rows = calloc((ROWS + 1) * (size_t)target_width, sizeof(Pixel));
+    size_t packed = 3 * (size_t)target_width + LANES;
+    float *rows = calloc((ROWS + 1) * packed, sizeof(float));
     int num_done = 0;
     is_ready = is_ready && wide && rows;
     for (int y = 0; is_ready && y < target_height; y++) {
-        float *sum = (float *)(rows + ROWS * (size_t)target_width);
+        float *sum = rows + ROWS * packed;
         for (int k = 0; k < down.taps; k++) {
             int at = down.first[y] + k;
             float weight = down.weights[(size_t)y * down.taps + k];
@@ -127,12 +131,12 @@ int pairmill_shrink_area(const uint8_t *source, int height, int width, uint8_t *
             while (at >= num_done) {
                 for (int row = 0; row < ROWS && num_done + row < height; row++)
                     widen(source + (size_t)(num_done + row) * width * 3, 3 * width, wide + row * stride);
-                shrink_rows(wide, stride, &across, target_width, rows);
+                shrink_rows(wide, stride, &across, target_width, rows, packed);
                 num_done += ROWS;
             }
-            add_row((float *)(rows + (size_t)(at % ROWS) * target_width), weight, k == 0, LANES * target_width, sum);
+            add_row(rows + at % ROWS * packed, weight, k == 0, 3 * target_width, sum);
         }
-        round_row(sum, target_width, result + (size_t)y * target_width * 3);
+        round_row(sum, 3 * target_width, result + (size_t)y * target_width * 3);
     }
     free(across.first);
     free(across.weights);
