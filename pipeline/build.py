@@ -87,6 +87,16 @@ class Build:
 
     def run(self, read: ReadStage) -> Manifest:
         """Do what is left of every stage and publish the manifest. RunError if no pair is kept."""
+        manifest = self.first(read)
+        for stage in self._stages:
+            self._journal.sweep(stage)
+        while len(manifest.repairs) < num_repairs(self._journal):  # manifest.json of a repaired dataset was removed
+            manifest = self.repair(manifest)
+        publish(self._store, manifest)
+        return manifest
+
+    def first(self, read: Any) -> Manifest:
+        """The build itself without its repairs: all but the publishing of its manifest, which is returned."""
         config, store = self._config, self._store
         sources = self._stage(read)
         ordered = self._stage(OrderStage.of(config, store, sources))
@@ -94,13 +104,7 @@ class Build:
         curated = curate(Context(config=config, store=store, run_stage=self._stage), fetched)
         packed, recorded = self._write(curated)
         refuse_empty(total_counts(recorded), config.input)
-        manifest = make_manifest(store, config, list(sources.values()), list(packed.values()), recorded)
-        for stage in self._stages:
-            self._journal.sweep(stage)
-        while len(manifest.repairs) < num_repairs(self._journal):  # manifest.json of a repaired dataset was removed
-            manifest = self.repair(manifest)
-        publish(store, manifest)
-        return manifest
+        return make_manifest(store, config, list(sources.values()), list(packed.values()), recorded)
 
     def repair(self, manifest: Manifest) -> Manifest:
         """The next generation of a dataset: all but the publishing of its manifest, which is returned."""

@@ -1,8 +1,11 @@
 """A dataset's generations: the build is number 0; each repair after it has stages of its own in the journal."""
 
+import re
 from itertools import count
 
 from cluster.journal import Journal, Marker
+
+_REPAIR = re.compile(r"repair-(\d+)-")
 
 
 def stage_name(number: int, stage: str) -> str:
@@ -12,8 +15,14 @@ def stage_name(number: int, stage: str) -> str:
 
 def split_stage(name: str) -> tuple[str, str]:
     """(what a generation puts before its stages' names, the stage's own): the inverse of `stage_name`."""
-    base = name.rpartition("-")[2] if name.startswith("repair-") else name
-    return name.removesuffix(base), base
+    before = _REPAIR.match(name)
+    return (before.group(), name[before.end() :]) if before else ("", name)
+
+
+def generation_of(name: str) -> int:
+    """The generation that a stage belongs to."""
+    before = _REPAIR.match(name)
+    return int(before.group(1)) if before else 0
 
 
 def num_repairs(journal: Journal) -> int:
