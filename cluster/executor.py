@@ -14,8 +14,8 @@ import ray
 
 from cluster.errors import PairmillError, RunError
 from cluster.interrupt import raise_if_interrupted
-from cluster.journal import Journal, Marker, UnitOutput
-from cluster.lineage import lineage
+from cluster.journal import Journal, Marker, UnitOutput, marker_path
+from cluster.lineage import is_stale, lineage
 from cluster.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -123,14 +123,20 @@ class RayExecutor:
 def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Progress) -> dict[str, Marker]:
     """Bring every unit of a stage to its marker and return the markers by unit id, in unit order.
 
-    Units that have a marker are not run again. Raises RunError naming the unit when one fails for good; what was
-    committed stays, so the same call goes on from there.
+    Units that have a marker are not run again, unless it says that they were made from something else than there is
+    now. Raises RunError naming the unit when one fails for good; what was committed stays, so the same call goes on
+    from there.
     """
-    units = stage.units()
+    inputs_of = lineage(journal, stage)
+    units = [replace(unit, inputs=inputs_of(unit)) for unit in stage.units()]
     markers = journal.markers(stage.name)
     journal.announce(stage.name, [unit.id for unit in units])
-    inputs_of = lineage(journal, stage)
-    missing = [replace(unit, inputs=inputs_of(unit)) for unit in units if unit.id not in markers]
+    for unit in units:
+        if unit.id in markers and is_stale(markers[unit.id], unit.inputs or {}):
+            logger.warning("stage %s unit %s: its inputs were made again; doing it again", stage.name, unit.id)
+            journal.store.remove(marker_path(stage.name, unit.id))
+            del markers[unit.id]
+    missing = [unit for unit in units if unit.id not in markers]
     progress.start(stage.name, num_units=len(units), done=[markers[unit.id] for unit in units if unit.id in markers])
     task = unit_task(stage, journal)
     for marker in executor.map_unordered(task, missing, num_cpus=stage.num_cpus, memory_bytes=stage.memory_bytes):

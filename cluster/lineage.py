@@ -45,6 +45,11 @@ def lineage(journal: Journal, stage: Any) -> Callable[[Any], dict[str, str]]:
     return inputs
 
 
+def is_stale(marker: Marker, inputs: Mapping[str, str]) -> bool:
+    """Whether a unit was made from something else than these inputs, which are those that there are now."""
+    return any(inputs.get(name, sha256) != sha256 for name, sha256 in (marker.inputs or {}).items())
+
+
 def stage_digest(markers: Mapping[str, Marker], name: str) -> str:
     """The one digest of the outputs called `name` (their last path component) of a stage's units."""
     digest = hashlib.sha256()

@@ -13,12 +13,6 @@ def stage_name(number: int, stage: str) -> str:
     return f"repair-{number:04}-{stage}" if number else stage
 
 
-def split_stage(name: str) -> tuple[str, str]:
-    """(what a generation puts before its stages' names, the stage's own): the inverse of `stage_name`."""
-    before = _REPAIR.match(name)
-    return (before.group(), name[before.end() :]) if before else ("", name)
-
-
 def generation_of(name: str) -> int:
     """The generation that a stage belongs to."""
     before = _REPAIR.match(name)

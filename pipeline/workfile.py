@@ -7,16 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from cluster.errors import RunError
-from cluster.journal import Marker, file_sha256
+from cluster.journal import Marker, file_sha256, marker_path
 from cluster.store import Store
-from pipeline.generations import split_stage
-
-# What was made from a stage's output and does not fit a new one. Decisions are made again as they were.
-_AFTER = {
-    "fetch": ("decide/{unit}.json", "dedup", "pack", "verdict", "record"),
-    "decide": (),
-    "verdict": (),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +60,13 @@ class WorkFile:
             raise self._unusable(store, "is damaged: its sha256 is not the one that its marker has")
 
     def _unusable(self, store: Store, problem: str) -> RunError:
-        generation, stage = split_stage(self.stage)
-        if stage == "record":
-            return RunError(f"{store.url_of(self.path)} {problem}; `pairmill verify` says what to do")
-        after = [name.format(unit=self.unit) for name in _AFTER[stage] if generation or name != "verdict"]
-        markers = [f"{stage}/{self.unit}.json", *after]
-        remove = " ".join(store.url_of(f"journal/{generation}{name}") for name in markers)
-        again = "downloads it again" if stage == "fetch" else "makes it again"
+        marker = store.url_of(marker_path(self.stage, self.unit))
+        where = f"stage {self.stage}, unit {self.unit}: {store.url_of(self.path)} {problem}"
+        if not self.path.startswith("work/"):
+            return RunError(f"{where}; `pairmill verify {store.url}` says what to do")
         return RunError(
-            f"stage {self.stage}, unit {self.unit}: {store.url_of(self.path)} {problem}; remove (rm -rf) what follows "
-            f"and run the same command, which {again}; if all of work/ is gone, build into a new output\n  {remove}"
+            f"{where}; remove the unit's marker and run the same command, which makes it again and what was made from "
+            f"it; if all of work/ is gone, build into a new output\n  {marker}"
         )
 
 

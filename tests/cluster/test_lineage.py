@@ -103,3 +103,13 @@ def test_markers_of_earlier_versions_are_read_and_flipped_bits_in_new_ones_notic
     assert Marker.from_json(data) == marker
     with pytest.raises(ValueError, match="check sum"):
         Marker.from_json(data.replace(b'"size_bytes": 1', b'"size_bytes": 3'))
+
+
+def test_what_was_made_from_a_unit_is_made_again_with_it(journal: Journal) -> None:
+    first = run(Letters(store=journal.store, letters="ab"), journal)
+    both = Letters(store=journal.store, letters="c", paths=paths(first), name="both")
+    assert journal.store.read_bytes(paths(run(both, journal))[0]) == b"cab"
+    journal.store.remove("journal/letters/00001.json")
+    now = run(Letters(store=journal.store, letters="ax"), journal)
+    both = replace(both, paths=paths(now))
+    assert journal.store.read_bytes(paths(run(both, journal))[0]) == b"cax"
