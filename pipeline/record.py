@@ -36,7 +36,7 @@ from pipeline.selection import (
 )
 
 REPEATED_PAIR = "repeated_pair"
-_VERDICT = ("status", "reason", "rule", "score", "threshold")
+_VERDICT = ("status", "reason", "rule", "score", "threshold", "detail")
 _IN_TAR = ("image_offset", "image_size")
 
 
@@ -93,7 +93,8 @@ class RecordStage:
         failed = read_checked(self.store, decided.decisions).filter(pc.field("keep") == pc.scalar(False))
         for decision in reversed(failed.to_pylist()):  # the first rule that dropped a row is written last
             for name in _VERDICT[1:]:
-                values[name][decision["row"]] = decision[name]
+                if name != "detail" or decision[name] is not None:
+                    values[name][decision["row"]] = decision[name]
         for step in self.drops:
             for drop in step.of_unit(self.store, decided.index):
                 row, score = drop["row"], float(drop["score"])

@@ -7,7 +7,7 @@ from cluster.journal import Marker
 from pipeline.curation.context import Context, Curated, Step
 from pipeline.decide import DecideStage
 from pipeline.duplicates.exact import drop_exact, num_partitions
-from pipeline.rules import rules_of
+from pipeline.rules.chosen import image_rules
 from pipeline.selection import DecidedUnit, num_dropped
 
 STEPS: tuple[Step, ...] = (drop_exact,)
@@ -17,7 +17,7 @@ def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
     """What is kept of these fetch units; `num_kept` of the result is what every step has left."""
     num_downloaded = sum(marker.counts.get("reason:ok", 0) for marker in fetched.values())
     partitions = num_partitions(context.num_known + num_downloaded)
-    decide = DecideStage.of(context.store, list(fetched.values()), rules_of(context.config.curate), partitions)
+    decide = DecideStage.of(context.store, list(fetched.values()), image_rules(context.config.curate), partitions)
     decided = context.run_stage(replace(decide, name=context.name("decide")))
     curated = Curated(
         units=tuple(DecidedUnit.of(index, fetched[name], decided[name]) for index, name in enumerate(fetched)),

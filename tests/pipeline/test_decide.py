@@ -11,10 +11,11 @@ from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.buckets import read_bucket
-from pipeline.config import CurateConfig
 from pipeline.decide import DecideStage
 from pipeline.duplicates.exact import KEY
-from pipeline.rules import AspectRatio, Blank, MinimumSide, rules_of
+from pipeline.rules.chosen import image_rules
+from pipeline.rules.config import CurateConfig
+from pipeline.rules.images import AspectRatio, Blank, MinimumSide
 from pipeline.selection import read_table
 
 
@@ -35,19 +36,31 @@ def test_every_rule_writes_a_row_for_every_downloaded_pair(store: Store, fetch: 
     table = read_table(store, marker.path_of("decisions.parquet")).to_pylist()
     assert [(row["row"], row["rule"], row["score"], row["keep"]) for row in table] == [
         (0, "curate.min_side_px", 48.0, True),
-        (0, "curate.blank_threshold", 40.0, True),
         (2, "curate.min_side_px", 20.0, False),
+        (0, "curate.blank_threshold", 40.0, True),
         (2, "curate.blank_threshold", 0.0, False),
     ]
-    assert [row["threshold"] for row in table] == [32.0, 1.0, 32.0, 1.0]
+    assert [row["threshold"] for row in table] == [32.0, 32.0, 1.0, 1.0]
     assert kept_rows(store, marker) == [0]
-    assert marker.counts == {"rows": 2, "reason:image_too_small": 1, "kept": 1}
+    assert marker.counts == {
+        "rows": 2,
+        "reason:image_too_small": 1,
+        "kept": 1,
+        "drops:curate.min_side_px": 1,
+        "drops:curate.blank_threshold": 1,
+        "both:curate.min_side_px+curate.blank_threshold": 1,
+    }
 
 
 def test_counts_are_of_input_rows(store: Store, fetch: Any) -> None:
     fetched = fetch([[{"uid": 1, "num_rows": 5, "width": 10}, {"uid": 2, "num_rows": 2}]])
     (marker,) = run_decide(store, fetched, (MinimumSide(threshold=32),))
-    assert marker.counts == {"rows": 7, "reason:image_too_small": 5, "kept": 1}
+    assert {name: number for name, number in marker.counts.items() if "curate" not in name} == {
+        "rows": 7,
+        "reason:image_too_small": 5,
+        "kept": 1,
+    }
+    assert marker.counts["drops:curate.min_side_px"] == marker.counts["alone:curate.min_side_px"] == 1
 
 
 @pytest.mark.parametrize(
@@ -75,7 +88,7 @@ def test_no_rules_keep_every_download(store: Store, fetch: Any) -> None:
 
 
 def test_a_unit_without_a_download_decides_nothing(store: Store, fetch: Any) -> None:
-    (marker,) = run_decide(store, fetch([[{"uid": 1, "body": None}]]), rules_of(CurateConfig()))
+    (marker,) = run_decide(store, fetch([[{"uid": 1, "body": None}]]), image_rules(CurateConfig()))
     assert kept_rows(store, marker) == []
     assert len(read_bucket(store, marker.path_of("keys.bin"), 0, 1, KEY)) == 0
 
@@ -91,8 +104,8 @@ def test_only_kept_rows_have_keys_each_in_its_partition(store: Store, fetch: Any
 
 
 def test_rules_come_from_the_configuration() -> None:
-    assert rules_of(CurateConfig(drop_blank=False)) == ()
-    assert rules_of(CurateConfig(min_side_px=32, max_aspect_ratio=3, blank_threshold=2)) == (
+    assert image_rules(CurateConfig(drop_blank=False)) == ()
+    assert image_rules(CurateConfig(min_side_px=32, max_aspect_ratio=3, blank_threshold=2)) == (
         MinimumSide(threshold=32),
         AspectRatio(threshold=3),
         Blank(threshold=2),

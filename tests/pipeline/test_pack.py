@@ -25,7 +25,7 @@ from pipeline.manifest import SAMPLE_COLUMNS
 from pipeline.pack import PackStage, Part, _sample_json, cut_shards, sample_key
 from pipeline.plain import json_form, plain_values
 from pipeline.record import RecordStage, total_counts
-from pipeline.rules import MinimumSide
+from pipeline.rules.images import MinimumSide
 from pipeline.selection import DecidedUnit, Drops, num_dropped, read_table
 from pipeline.tar import TarWriter
 from pipeline.workfile import WorkFile

@@ -1,0 +1,55 @@
+"""Rules about the downloaded image, by what the fetch stage has measured; no image is read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.reasons import Reason
+from pipeline.rules.base import ScoreRule, Scores, numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumSide(ScoreRule):
+    """The shorter side of the image as downloaded, in pixels."""
+
+    threshold: float
+    name = "curate.min_side_px"
+    reason = Reason.IMAGE_TOO_SMALL
+    columns = ("original_width", "original_height")
+    needs_image = True
+    keeps = "at_least"
+
+    def scores(self, rows: pa.Table) -> Scores:
+        return np.minimum(numbers(rows, "original_width"), numbers(rows, "original_height"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AspectRatio(ScoreRule):
+    """The longer side over the shorter one, as downloaded; 1 is a square."""
+
+    threshold: float
+    name = "curate.max_aspect_ratio"
+    reason = Reason.IMAGE_TOO_ELONGATED
+    columns = ("original_width", "original_height")
+    needs_image = True
+    keeps = "at_most"
+
+    def scores(self, rows: pa.Table) -> Scores:
+        width, height = numbers(rows, "original_width"), numbers(rows, "original_height")
+        return np.maximum(width, height) / np.minimum(width, height)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blank(ScoreRule):
+    """The standard deviation of the image's grey values: 0 is one colour, 127.5 half black and half white."""
+
+    threshold: float
+    name = "curate.blank_threshold"
+    reason = Reason.IMAGE_BLANK
+    columns = ("grey_std",)
+    needs_image = True
+    keeps = "above"
+
+    def scores(self, rows: pa.Table) -> Scores:
+        return numbers(rows, "grey_std")
