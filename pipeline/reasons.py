@@ -76,7 +76,15 @@ class Reason(StrEnum):
         "the image's sides differ by more than the greatest ratio kept",
     )
     IMAGE_BLANK = "image_blank", "the image is of one colour"
+    IMAGE_UNSAFE = "image_unsafe", "a model holds the image for not safe for work"
+    CAPTION_MISMATCH = "caption_mismatch", "a model holds that the caption does not fit the image"
+    NOT_SCORED = "not_scored", "a model that was asked about the image could not score it"
+    EVALUATION_SET = "evaluation_set", "the image is that of an evaluation set, or very much like one"
+    SEMANTIC_DUPLICATE = "semantic_duplicate", "another sample has an image that shows the same, as a model sees it"
     DUPLICATE_BYTES = "duplicate_bytes", "another kept sample has the very same bytes"
+    DUPLICATE_URL = "duplicate_url", "another kept sample has the same URL"
+    DUPLICATE_PAIR = "duplicate_pair", "another kept sample has the very same bytes and the same caption"
+    NEAR_DUPLICATE = "near_duplicate", "another kept sample looks the same"
 
 
 def http_reason(status: int) -> str:

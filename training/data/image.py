@@ -20,7 +20,11 @@ def decode_square(data: bytes, image_format: str, side: int) -> Pixels:
     A JPEG is decoded at the smallest of its built-in reductions that is not smaller than the square, which costs a
     fraction of a full decode. Raises BadImageError.
     """
-    pixels = _decode_jpeg(data, side) if image_format in ("jpg", "jpeg") else _decode_other(data)
+    return to_square(_decode_jpeg(data, side) if image_format in ("jpg", "jpeg") else _decode_other(data), side)
+
+
+def to_square(pixels: Pixels, side: int) -> Pixels:
+    """The largest centred square of a picture, resized to [side, side, 3]."""
     height, width = pixels.shape[:2]
     square = min(height, width)
     top, left = (height - square) // 2, (width - square) // 2
