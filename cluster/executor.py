@@ -15,6 +15,7 @@ import ray
 from cluster.errors import PairmillError, RunError
 from cluster.interrupt import raise_if_interrupted
 from cluster.journal import Journal, Marker, UnitOutput, marker_path
+from cluster.lifeline import raise_if_lost
 from cluster.lineage import is_stale, lineage
 from cluster.progress import Progress
 
@@ -98,6 +99,7 @@ class RayExecutor:
                     in_flight.append(remote.remote(waiting.pop()))
                 ready, in_flight = ray.wait(in_flight, num_returns=1, timeout=INTERRUPT_CHECK_S)
                 raise_if_interrupted()
+                raise_if_lost()
                 for reference in ready:
                     yield _result(reference)
         finally:

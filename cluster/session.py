@@ -12,6 +12,7 @@ from typing import Any
 from cluster.config import Config, key
 from cluster.errors import RequestError
 from cluster.executor import Executor, InlineExecutor, RayExecutor
+from cluster.lifeline import lifeline
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,20 @@ def ray_session(config: RayConfig) -> Iterator[Executor]:
         yield InlineExecutor()
         return
     start_ray(config)
+    with connected():
+        yield RayExecutor(is_local=_address(config) == "local")
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """What is done with the Ray that `start_ray` has connected to; leaves it at the end."""
     import ray
 
-    try:
-        yield RayExecutor(is_local=_address(config) == "local")
-    finally:
-        ray.shutdown()
+    with lifeline(ray.get_runtime_context().gcs_address):
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def start_ray(config: RayConfig) -> None:

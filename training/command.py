@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from cluster.errors import PairmillError, RequestError
 from cluster.run import open_run, require_run
+from cluster.session import connected
 from cluster.store import Store
 from training import launch
 from training.checkpoint import TOKENIZER_FILE, published
@@ -69,16 +70,12 @@ def _finished(plan: TrainPlan, samples: Samples) -> Store | None:
 
 
 def _run_on_ray(plan: TrainPlan, samples: Samples) -> TrainResult:
-    import ray
-
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it tells about dead workers
         launch.start_for_training(plan.config.ray)
-        try:
+        with connected():
             num_ranks = launch.ranks_on_ray(plan)
             with prepared(plan, samples, num_ranks) as request, _display(plan) as display:
                 return finish(request, launch.run_on_ray(request, num_ranks, display))
-        finally:
-            ray.shutdown()
 
 
 def _run_inline(plan: TrainPlan, samples: Samples) -> TrainResult:

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import HashStore
 
 from cluster.config import validate
 from cluster.errors import PairmillError, RequestError, RunError
+from cluster.lifeline import raise_if_lost
 from cluster.session import RayConfig, start_ray
 from cluster.store import Store
 from training.config import TrainConfig, TrainPlan, check_parts
@@ -82,6 +83,7 @@ def run_on_ray(request: RankRequest, num_ranks: int, display: TrainDisplay) -> O
     fit = _Background(lambda: _fit(request, num_ranks))
     try:
         while not fit.wait(_POLL_INTERVAL_S):
+            raise_if_lost()
             _show_newest(store, display)
             _raise_failure(store)
     except KeyboardInterrupt:
