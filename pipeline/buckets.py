@@ -22,8 +22,15 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.integer[Any]
     """Write records; `buckets[i]` is the bucket of `records[i]`, and must not decrease."""
     offsets = np.searchsorted(buckets, np.arange(num_buckets + 1)).astype(_OFFSET)
     with open(path, "wb") as file:
-        file.write(offsets.tobytes())
-        file.write(np.ascontiguousarray(records).tobytes())
+        offsets.tofile(file)
+        np.ascontiguousarray(records).tofile(file)
+
+
+def write_in_buckets(path: Path, records: Records, buckets: NDArray[np.integer[Any]], num_buckets: int) -> None:
+    """`write_buckets` of records in any order; those of a bucket stay in theirs."""
+    small = buckets.astype(np.min_scalar_type(num_buckets))  # few bits are sorted by radix
+    order = np.argsort(small, kind="stable")
+    write_buckets(path, records[order], small[order], num_buckets)
 
 
 def read_bucket(store: Store, path: str, bucket: int, num_buckets: int, dtype: np.dtype[Any]) -> Records:
@@ -33,6 +40,14 @@ def read_bucket(store: Store, path: str, bucket: int, num_buckets: int, dtype: n
         return np.empty(0, dtype)
     first_byte = (num_buckets + 1) * _OFFSET.itemsize + int(start) * dtype.itemsize
     return np.frombuffer(store.read_range(path, first_byte, int(end - start) * dtype.itemsize), dtype)
+
+
+def read_buckets(store: Store, path: str, num_buckets: int, dtype: np.dtype[Any]) -> tuple[Records, NDArray[np.int64]]:
+    """(all records of a file in bucket order, the bucket of each), with one read."""
+    data = store.read_bytes(path)
+    sizes = np.diff(np.frombuffer(data, _OFFSET, num_buckets + 1)).astype(np.int64)
+    records = np.frombuffer(data, dtype, offset=(num_buckets + 1) * _OFFSET.itemsize)
+    return records, np.repeat(np.arange(num_buckets), sizes)
 
 
 def read_bucket_sizes(store: Store, path: str, num_buckets: int) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from pydantic import model_validator
 from cluster.config import REQUIRED, Config, StringList, key
 from cluster.session import RayConfig
 from pipeline.addresses import is_network
+from pipeline.duplicates.config import DedupConfig
 from pipeline.rules.config import CurateConfig
 
 Resize = Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]
@@ -24,6 +25,10 @@ _CONTACT = r"https?://[!-'*-~]+|[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)
 """No parentheses: it goes into a comment of the User-Agent."""
 
 
+PLAIN_SOURCE = "input"
+"""What the column `source` says of pairs that come from the key `input`."""
+
+
 class ColumnsConfig(Config):
     """Which columns of the lists are what."""
 
@@ -36,6 +41,23 @@ class ColumnsConfig(Config):
         "as parts of the upright image's width and height (0 to 1)",
     )
     hash: str | None = key(None, "column with the hash that the downloaded bytes must have, see fetch.verify_hash")
+
+
+class SourceConfig(Config):
+    """One named source of pairs, beside others."""
+
+    input: StringList = key(
+        REQUIRED, "URL lists, datasets of pairmill or outputs of img2dataset, as for the key input", min_length=1
+    )
+    columns: ColumnsConfig = key(ColumnsConfig(), "columns")
+    label: str | None = key(
+        None,
+        "column with the category of each image, which becomes the column label; captions may be empty or absent",
+    )
+    weight: float = key(
+        1.0, "share of the pairs that is taken, chosen by uid before any download; at most 1", ge=0, le=1
+    )
+    priority: int = key(0, "of duplicates the one of the source with the largest is kept")
 
 
 class ReadConfig(Config):
@@ -191,12 +213,6 @@ class ImageConfig(Config):
     )
 
 
-class DedupConfig(Config):
-    """Which duplicates are removed."""
-
-    exact: bool = key(True, "of samples whose downloaded bytes are the same, keep one")
-
-
 class PackConfig(Config):
     """How the dataset is cut."""
 
@@ -211,8 +227,24 @@ class PackConfig(Config):
 class BuildConfig(Config):
     """`pairmill build`: from URL lists to a dataset."""
 
-    input: StringList = key(REQUIRED, "URL lists: files, globs, folders, any fsspec URL", min_length=1)
+    input: StringList = key(
+        [],
+        "URL lists: files, globs, folders, any fsspec URL; also datasets of pairmill and outputs of img2dataset, whose "
+        "images are taken as they are (docs/curation.md)",
+    )
     output: str = key(REQUIRED, "folder or URL where the dataset is built", affects_result=False, min_length=1)
+    sources: dict[str, SourceConfig] = key(
+        {}, "named sources beside input: {NAME: {input, columns, label, weight, priority}} (docs/curation.md)"
+    )
+    against: StringList = key(
+        [], "earlier datasets: pairs that they have are not fetched again, duplicates of their samples are dropped"
+    )
+    base: str | None = key(
+        None, "the dataset whose downloads are decided about anew; set by `pairmill curate`, not by people"
+    )
+    fetch_missing: bool = key(
+        False, "of `pairmill curate`: also fetch pairs that the base had left out before the download"
+    )
     seed: int = key(0, "of the order of the samples", ge=0, lt=2**63)
     columns: ColumnsConfig = key(ColumnsConfig(), "columns")
     read: ReadConfig = key(ReadConfig(), "reading")
@@ -232,13 +264,27 @@ class BuildConfig(Config):
         return self
 
     def _place_relations(self) -> list[str]:
-        problems = []
-        if not all(pattern.strip() for pattern in self.input):
+        problems = self._source_relations()
+        patterns = [*self.input, *(pattern for source in self.sources.values() for pattern in source.input)]
+        if not patterns:
+            problems.append("input: required, and not given; add input=..., or sources.NAME.input=...")
+        if not all(pattern.strip() for pattern in patterns):
             problems.append("input: an empty name; give URL lists: files, globs, folders, any fsspec URL")
         if self.output.startswith("memory:") and self.ray.address != "inline":
             problems.append(
                 f"output={self.output}: Ray's workers do not share their memory; choose a folder or an object store"
             )
+        return problems
+
+    def _source_relations(self) -> list[str]:
+        problems = [
+            f"sources.{name}: not a name for a source; use letters, digits, - and _, and not {PLAIN_SOURCE}, which is "
+            "what the lists of the key input are called"
+            for name in self.sources
+            if not re.fullmatch("[A-Za-z0-9_-]+", name) or name == PLAIN_SOURCE
+        ]
+        if self.fetch_missing and self.base is None:
+            problems.append("fetch_missing: only `pairmill curate` knows what is missing; leave it out")
         return problems
 
     def _fetch_relations(self) -> list[str]:
@@ -308,3 +354,8 @@ class BuildConfig(Config):
             "fetch.engine=img2dataset: has no guard against internal addresses, no limit per host, no fast mode and "
             f"reads neither robots.txt nor tdm-reservation; to go without, set {needed}, or leave fetch.engine=pairmill"
         ]
+
+
+def source_priorities(config: BuildConfig) -> dict[str, int]:
+    """Source name -> its priority; larger ones are preferred. Pairs of the key `input` have 0."""
+    return {PLAIN_SOURCE: 0} | {name: source.priority for name, source in config.sources.items()}

@@ -2,11 +2,11 @@
 
 decisions.parquet   one row per (rule, downloaded row), see `rules.decisions.DECISIONS`
 kept.npy            int32 row numbers that every rule keeps, ascending
-keys.bin            `exact.KEY` of the kept rows in hash order, one bucket per dedup partition
+facts.npy           `FACTS` of these rows, in their order: what steps of curation compare
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import write_buckets
-from pipeline.duplicates.exact import make_keys, partition_of
+from pipeline.duplicates.facts import COLUMNS, OPTIONAL_COLUMNS, facts_of
 from pipeline.rules.base import Rule
 from pipeline.rules.chosen import columns_of
 from pipeline.rules.decisions import Judged, judge
@@ -34,8 +33,9 @@ class DecideStage:
     store: Store
     rows: tuple[WorkFile, ...]
     rules: tuple[Rule, ...]
-    partitions: int
     measured: tuple[Measured, ...] = ()
+    priorities: Mapping[str, int] = field(default_factory=dict)
+    """of sources, see `facts_of`"""
     name: str = "decide"
     num_cpus: float = 1.0
     memory_bytes: int = 256 * 2**20
@@ -45,11 +45,11 @@ class DecideStage:
         store: Store,
         fetched: Sequence[Marker],
         rules: tuple[Rule, ...],
-        partitions: int,
         measured: tuple[Measured, ...] = (),
+        priorities: Mapping[str, int] | None = None,
     ) -> "DecideStage":
         rows = tuple(WorkFile.of(marker, "rows.parquet") for marker in fetched)
-        return DecideStage(store=store, rows=rows, rules=rules, partitions=partitions, measured=measured)
+        return DecideStage(store=store, rows=rows, rules=rules, measured=measured, priorities=priorities or {})
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers get a unit's files with the unit; the list of all of them stays with the driver."""
@@ -71,8 +71,9 @@ class DecideStage:
     def run(self, unit: Unit, output: UnitOutput) -> None:
         measured = {column: read_checked(self.store, file) for column, file in unit.params["measured"].items()}
         added = {name for column in measured for name in (column, f"{column}_detail")}
-        wanted = dict.fromkeys(["uid", "status", "sha256", "num_rows", *columns_of(self.rules)])
-        table = read_checked(self.store, unit.params["rows"], [name for name in wanted if name not in added])
+        wanted = dict.fromkeys(["status", "num_rows", *COLUMNS, *columns_of(self.rules)])
+        names = [name for name in wanted if name not in added]
+        table = read_checked(self.store, unit.params["rows"], names, OPTIONAL_COLUMNS)
         downloaded = np.flatnonzero([status == "ok" for status in column_list(table, "status")])
         rows = table.take(pa.array(downloaded, pa.int64()))
         judged = judge(with_measured(rows, downloaded, measured), downloaded, self.rules)
@@ -80,10 +81,8 @@ class DecideStage:
         is_kept = judged.blamed < 0
         kept = downloaded[is_kept]
         np.save(output.path("kept.npy"), kept.astype(np.int32))
-        hashes, uids = column_list(rows, "sha256"), column_list(rows, "uid")
-        alive = np.flatnonzero(is_kept)
-        keys = make_keys([hashes[i] for i in alive], [uids[i] for i in alive], unit.params["index"], kept.tolist())
-        write_buckets(output.path("keys.bin"), keys, partition_of(keys, self.partitions), self.partitions)
+        facts = facts_of(rows.filter(pa.array(is_kept)), unit.params["index"], kept, self.priorities)
+        np.save(output.path("facts.npy"), facts)
         self._count(np.asarray(column_list(rows, "num_rows"), np.int64), judged, output)
         output.count("kept", len(kept))
 

@@ -82,7 +82,7 @@ def refuse_empty(counts: Mapping[str, int], input: Sequence[str]) -> None:
 
 def _unsound(store: Store, problem: str) -> RunError:
     """Stages contradict each other: some markers were removed, but not those that had been made from them."""
-    stages = " ".join(store.url_of(f"journal/{stage}") for stage in ("decide", "dedup", "pack", "record"))
+    stages = " ".join(store.url_of(f"journal/{stage}") for stage in ("decide", "exact-*", "pack", "record"))
     return RunError(
         f"nothing is published: {problem}; the journal has units that were done again and others made from what they "
         f"were before: remove {stages} and run the same command, which downloads nothing again"

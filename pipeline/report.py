@@ -35,7 +35,7 @@ REPORT_FILE = "report/index.html"
 NUM_KEPT_SHOWN = 32
 NUM_DROPPED_SHOWN = 6
 MAX_CAPTION_CHARS = 160
-STAGES = ("plan-read", "plan-order", "fetch", "decide", "dedup", "pack", "record")
+STAGES = ("plan-read", "plan-order", "fetch", "decide", "exact-keys", "exact-drops", "exact-units", "pack", "record")
 _TEMPLATES = environment(Path(__file__).parent / "templates")
 
 

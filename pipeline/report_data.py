@@ -30,6 +30,7 @@ PHASES = {
     "decide": "rules on images",
     "dedup": "duplicates",
 }
+DUPLICATES = (Reason.DUPLICATE_BYTES, Reason.DUPLICATE_URL, Reason.DUPLICATE_PAIR, Reason.NEAR_DUPLICATE)
 _COLUMNS = (
     "uid",
     "url",
@@ -176,7 +177,7 @@ def _pictures(store: Store, fetched: Marker) -> Iterator[tuple[str, tuple[str, i
 
 def _phases(journal: Journal) -> dict[str, str]:
     """Which phase each reason belongs to: the first stage whose markers count it."""
-    phases: dict[str, str] = {str(Reason.DUPLICATE_BYTES): PHASES["dedup"], REPEATED_PAIR: PHASES["dedup"]}
+    phases: dict[str, str] = dict.fromkeys((*map(str, DUPLICATES), REPEATED_PAIR), PHASES["dedup"])
     for stage in ("decide", "fetch", "plan-order"):
         for marker in all_markers(journal, stage):
             for name in marker.counts:

@@ -6,23 +6,22 @@ from dataclasses import replace
 from cluster.journal import Marker
 from pipeline.curation.context import Context, Curated, Step
 from pipeline.decide import DecideStage
-from pipeline.duplicates.exact import drop_exact, num_partitions
+from pipeline.duplicates.exact import drop_exact, drop_same_bytes_and_caption, drop_same_url
 from pipeline.rules.chosen import image_rules
-from pipeline.selection import DecidedUnit, num_dropped
+from pipeline.selection import DecidedUnit, Groups, num_dropped
 
-STEPS: tuple[Step, ...] = (drop_exact,)
+STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_caption)
 
 
 def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
     """What is kept of these fetch units; `num_kept` of the result is what every step has left."""
-    num_downloaded = sum(marker.counts.get("reason:ok", 0) for marker in fetched.values())
-    partitions = num_partitions(context.num_known + num_downloaded)
-    decide = DecideStage.of(context.store, list(fetched.values()), image_rules(context.config.curate), partitions)
+    decide = DecideStage.of(context.store, list(fetched.values()), image_rules(context.config.curate))
     decided = context.run_stage(replace(decide, name=context.name("decide")))
+    num_kept = tuple(marker.counts["kept"] for marker in decided.values())
     curated = Curated(
         units=tuple(DecidedUnit.of(index, fetched[name], decided[name]) for index, name in enumerate(fetched)),
-        num_kept=tuple(marker.counts["kept"] for marker in decided.values()),
-        num_partitions=partitions,
+        num_kept=num_kept,
+        groups=Groups.of(num_kept),
     )
     for step in STEPS:
         if drops := step(context, curated):

@@ -9,7 +9,7 @@ from cluster.store import Store
 from pipeline.config import BuildConfig
 from pipeline.generations import stage_name
 from pipeline.manifest import Shard
-from pipeline.selection import DecidedUnit, Drops
+from pipeline.selection import DecidedUnit, Drops, Groups
 
 RunStage = Callable[[Any], dict[str, Marker]]
 """Brings a stage's units to their markers."""
@@ -40,12 +40,13 @@ class Context:
 class Curated:
     """The fetch units in dataset order, and what was dropped of them so far.
 
-    num_kept: rows of each unit that the rules kept, in unit order; the drops are not yet taken from it.
+    num_kept: rows of each unit that the rules kept, in unit order; the drops are not yet taken from it. groups: of
+    units, a function of `num_kept`, for stages whose units of work are larger.
     """
 
     units: tuple[DecidedUnit, ...]
     num_kept: tuple[int, ...]
-    num_partitions: int
+    groups: Groups
     drops: tuple[Drops, ...] = ()
 
     def without(self, drops: Drops) -> "Curated":

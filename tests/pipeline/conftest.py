@@ -38,6 +38,10 @@ class Pair:
     height: int = 48
     grey_std: float = 40.0
     licence: str | None = "CC0"
+    url: str = ""
+    caption: str = ""
+    phash: int | None = None
+    phash_mirror: int | None = None
 
 
 def jpeg(seed: str, width: int = 64, height: int = 48) -> bytes:
@@ -95,8 +99,8 @@ def _row(pair: Pair, place: tuple[int, int] | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "uid": f"{pair.uid:032x}",
         "order": pair.uid,
-        "url": f"http://host{pair.uid % 3}.test/{pair.uid}.jpg",
-        "caption": f"caption of {pair.uid} \N{SNOWMAN}",
+        "url": pair.url or f"http://host{pair.uid % 3}.test/{pair.uid}.jpg",
+        "caption": pair.caption or f"caption of {pair.uid} \N{SNOWMAN}",
         "num_rows": pair.num_rows,
         "http_status": 404 if place is None else 200,
         "attempts": 1,
@@ -120,6 +124,8 @@ def _row(pair: Pair, place: tuple[int, int] | None) -> dict[str, Any]:
         "image_format": "jpg",
         "is_animated": False,
         "grey_std": pair.grey_std,
+        "phash": pair.phash,
+        "phash_mirror": pair.phash_mirror,
         "image_offset": place[0],
         "image_size": place[1],
     }

@@ -1,5 +1,6 @@
 """Decisions are rows; the first rule that fails is blamed; nothing but columns is read."""
 
+import hashlib
 import io
 from typing import Any
 
@@ -10,23 +11,28 @@ from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
-from pipeline.buckets import read_bucket
+from pipeline.buckets import Records
 from pipeline.decide import DecideStage
-from pipeline.duplicates.exact import KEY
+from pipeline.duplicates.facts import HAS_BYTES, HAS_LOOK
 from pipeline.rules.chosen import image_rules
 from pipeline.rules.config import CurateConfig
 from pipeline.rules.images import AspectRatio, Blank, MinimumSide
 from pipeline.selection import read_table
 
 
-def run_decide(store: Store, fetched: list[Marker], rules: Any, partitions: int = 1) -> list[Marker]:
-    stage = DecideStage.of(store, fetched, rules, partitions)
+def run_decide(store: Store, fetched: list[Marker], rules: Any) -> list[Marker]:
+    stage = DecideStage.of(store, fetched, rules)
     return list(run_stage(stage, Journal(store), InlineExecutor(), Progress()).values())
 
 
 def kept_rows(store: Store, marker: Marker) -> list[int]:
     rows: list[int] = np.load(io.BytesIO(store.read_bytes(marker.path_of("kept.npy")))).tolist()
     return rows
+
+
+def facts(store: Store, marker: Marker) -> Records:
+    found: Records = np.load(io.BytesIO(store.read_bytes(marker.path_of("facts.npy"))))
+    return found
 
 
 def test_every_rule_writes_a_row_for_every_downloaded_pair(store: Store, fetch: Any) -> None:
@@ -90,17 +96,22 @@ def test_no_rules_keep_every_download(store: Store, fetch: Any) -> None:
 def test_a_unit_without_a_download_decides_nothing(store: Store, fetch: Any) -> None:
     (marker,) = run_decide(store, fetch([[{"uid": 1, "body": None}]]), image_rules(CurateConfig()))
     assert kept_rows(store, marker) == []
-    assert len(read_bucket(store, marker.path_of("keys.bin"), 0, 1, KEY)) == 0
+    assert len(facts(store, marker)) == 0
 
 
-def test_only_kept_rows_have_keys_each_in_its_partition(store: Store, fetch: Any) -> None:
-    pairs = [{"uid": uid, "body": f"body {uid}", "width": 10 if uid == 7 else 64} for uid in range(40)]
-    (marker,) = run_decide(store, fetch([pairs]), (MinimumSide(threshold=32),), partitions=4)
-    parts = [read_bucket(store, marker.path_of("keys.bin"), part, 4, KEY) for part in range(4)]
-    assert sorted(row for part in parts for row in part["row"].tolist()) == [row for row in range(40) if row != 7]
-    for index, part in enumerate(parts):
-        assert all(key >> 62 == index for key in part["hash_high"].tolist())
-        assert part["hash_high"].tolist() == sorted(part["hash_high"].tolist())
+def test_what_is_compared_is_there_for_every_kept_row(store: Store, fetch: Any) -> None:
+    pairs = [{"uid": uid, "body": "same", "width": 10 if uid == 7 else 64, "phash": 5} for uid in range(10)]
+    pairs[3] |= {"phash_mirror": 6, "caption": "four\N{SNOWMAN}"}
+    found = facts(store, run_decide(store, fetch([[], pairs]), (MinimumSide(threshold=32),))[1])
+    kept = [row for row in range(10) if row != 7]
+    assert found["row"].tolist() == kept
+    assert set(found["unit"].tolist()) == {1}
+    assert found["uid_low"].tolist() == kept
+    assert set(found["bytes_high"].tolist()) == {int(hashlib.sha256(b"same").hexdigest()[:16], 16)}
+    assert len(set(found["url_low"].tolist())) == len(set(found["caption_low"].tolist())) == 9
+    assert found["num_chars"][3] == 5
+    assert found["flags"].tolist() == [HAS_BYTES | (HAS_LOOK if row == 3 else 0) for row in kept]
+    assert (found["phash"][3], found["phash_mirror"][3]) == (5, 6)
 
 
 def test_rules_come_from_the_configuration() -> None:

@@ -1,96 +1,220 @@
-"""One sample of every set of identical downloads is kept, whatever the partitions, units and order."""
+"""One sample of every set of the same is kept, whatever the partitions, groups, units and order."""
 
 import hashlib
-from pathlib import Path
+import pickle
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cluster.executor import InlineExecutor, run_stage
-from cluster.journal import Journal
+from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
-from pipeline.buckets import write_buckets
-from pipeline.duplicates.exact import DedupStage, find_duplicates, make_keys, num_partitions, partition_of
-from pipeline.selection import Drops, num_dropped, representative_uid
+from pipeline.buckets import Records
+from pipeline.curation.chain import curate
+from pipeline.curation.context import Context, Curated
+from pipeline.duplicates import exact, exchange
+from pipeline.duplicates.config import DedupConfig
+from pipeline.duplicates.facts import facts_of
+from pipeline.duplicates.keys import BYTES, BYTES_AND_CAPTION, URL, find_duplicates, make_keys, partition_of, ranks
+from pipeline.rules.config import CurateConfig
+from pipeline.selection import Groups, representative_uid, survivors
 
-# (unit, row) -> (body, uid); bodies a and b repeat inside a unit and across units
-PAIRS = {
-    (0, 0): ("a", 9),
-    (0, 1): ("b", 2),
-    (0, 2): ("c", 3),
-    (1, 0): ("a", 4),
-    (1, 3): ("b", 8),
-    (2, 1): ("a", 7),
-    (2, 5): ("d", 1),
-}
-DROPPED = {(0, 0): 4, (2, 1): 4, (1, 3): 2}
-
-
-def write_keys(store: Store, partitions: int) -> tuple[str, ...]:
-    paths = []
-    for unit in range(3):
-        mine = [(row, *value) for (owner, row), value in PAIRS.items() if owner == unit]
-        hashes = [hashlib.sha256(body.encode()).hexdigest() for _, body, _ in mine]
-        keys = make_keys(hashes, [f"{uid:032x}" for _, _, uid in mine], unit, [row for row, _, _ in mine])
-        path = Path(store.full(f"keys/{partitions}/{unit}.bin"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_buckets(path, keys, partition_of(keys, partitions), partitions)
-        paths.append(f"keys/{partitions}/{unit}.bin")
-    return tuple(paths)
+# units of (uid, body, url, caption, source)
+Sample = tuple[int, str, str, str, str]
+UNITS: tuple[tuple[Sample, ...], ...] = (
+    ((9, "a", "u1", "short", "web"), (2, "b", "u2", "words", "web"), (3, "c", "u3", "words", "web")),
+    (),
+    ((4, "a", "u3", "a long caption", "web"), (8, "b", "u5", "words", "best")),
+    ((7, "a", "u4", "short", "web"), (1, "d", "u2", "words", "web"), (6, "c", "u6", "other", "web")),
+)
+PRIORITIES = {"best": 2, "web": 1}
 
 
-@pytest.mark.parametrize("partitions", [1, 2, 7])
-def test_the_smallest_uid_represents_identical_bytes(store: Store, partitions: int) -> None:
-    stage = DedupStage(store=store, keys=write_keys(store, partitions), partitions=partitions)
-    markers = run_stage(stage, Journal(store), InlineExecutor(), Progress())
-    paths = tuple(marker.path_of("duplicates.bin") for marker in markers.values())
-    drops = Drops(rule="dedup.exact", reason="duplicate_bytes", paths=paths, num_units=3)
-    found = {
-        (unit, int(drop["row"])): int(representative_uid(drop) or "0", 16)
-        for unit in range(3)
-        for drop in drops.of_unit(store, unit)
+def facts(samples: tuple[Sample, ...], unit: int = 0, priorities: Mapping[str, int] = PRIORITIES) -> Records:
+    columns = list(zip(*samples, strict=True)) if samples else [()] * 5
+    table = pa.table(
+        {
+            "uid": pa.array([f"{uid:032x}" for uid in columns[0]], pa.string()),
+            "sha256": pa.array([hashlib.sha256(body.encode()).hexdigest() for body in columns[1]], pa.string()),
+            "url": pa.array(columns[2], pa.string()),
+            "caption": pa.array(columns[3], pa.string()),
+            "source": pa.array(columns[4], pa.string()),
+        }
+    )
+    return facts_of(table, unit, range(len(samples)), priorities)
+
+
+def rows_of(sample: Sample) -> dict[str, Any]:
+    return dict(zip(("uid", "body", "url", "caption"), sample, strict=False))
+
+
+@pytest.fixture(params=[(1, 1), (3, 2), (1_000_000, 1), (1_000_000, 7)], ids=str)
+def cut(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small groups, many partitions."""
+    rows, partitions = request.param
+    groups = Groups.of
+    monkeypatch.setattr(Groups, "of", staticmethod(lambda counts: groups(counts, rows)))
+    monkeypatch.setattr(exact, "num_partitions", lambda _: partitions)
+
+
+def curated(store: Store, fetched: list[Marker], dedup: DedupConfig) -> Curated:
+    def run(stage: Any) -> dict[str, Marker]:
+        sent = pickle.loads(pickle.dumps(stage))
+        here = SimpleNamespace(**{**vars(sent), "units": stage.units, "run": sent.run})
+        return run_stage(cast(Any, here), Journal(store), InlineExecutor(), Progress())
+
+    config = SimpleNamespace(curate=CurateConfig(), dedup=dedup, sources={})
+    context = Context(config=cast(Any, config), store=store, run_stage=run)
+    return curate(context, {marker.unit: marker for marker in fetched})
+
+
+def duplicates_of(store: Store, done: Curated) -> dict[tuple[int, int], tuple[str, int]]:
+    """(unit, row) -> (reason, uid of the representative)."""
+    return {
+        (unit.index, int(drop["row"])): (step.reason, int(representative_uid(drop) or "0", 16))
+        for step in done.drops
+        for unit in done.units
+        for drop in step.of_unit(store, unit.index)
     }
-    assert found == DROPPED
-    assert num_dropped(store, (drops,), 3).tolist() == [1, 1, 1]
-    assert sum(marker.counts["dropped"] for marker in markers.values()) == 3
+
+
+@pytest.mark.usefixtures("cut")
+def test_the_smallest_uid_represents_identical_bytes(store: Store, fetch: Any) -> None:
+    done = curated(store, fetch([[rows_of(sample) for sample in unit] for unit in UNITS]), DedupConfig())
+    told = "duplicate_bytes"
+    assert duplicates_of(store, done) == {
+        (0, 0): (told, 4),
+        (2, 1): (told, 2),
+        (3, 0): (told, 4),
+        (3, 2): (told, 3),
+    }
+    assert done.num_kept == (2, 0, 1, 1)
+    assert [survivors(store, unit, done.drops).tolist() for unit in done.units] == [[1, 2], [], [0], [1]]
+
+
+@pytest.mark.usefixtures("cut")
+def test_criteria_are_steps_of_which_each_sees_what_those_before_have_left(store: Store, fetch: Any) -> None:
+    dedup = DedupConfig(exact=False, by_url=True, by_bytes_and_caption=True)
+    done = curated(store, fetch([[rows_of(sample) for sample in unit] for unit in UNITS]), dedup)
+    assert duplicates_of(store, done) == {
+        (0, 1): ("duplicate_url", 1),
+        (2, 0): ("duplicate_url", 3),
+        (0, 0): ("duplicate_pair", 7),
+    }
+    assert done.num_kept == (1, 0, 1, 3)
+
+
+@pytest.mark.usefixtures("cut")
+def test_one_key_that_every_sample_has(store: Store, fetch: Any) -> None:
+    units = [[{"uid": 100 * unit + row + 5, "body": "same"} for row in range(30)] for unit in range(5)]
+    units[3][7]["uid"] = 1
+    done = curated(store, fetch(units), DedupConfig())
+    assert done.num_kept == (0, 0, 0, 1, 0)
+    found = duplicates_of(store, done)
+    assert len(found) == 149
+    assert {uid for _, uid in found.values()} == {1}
+
+
+def test_no_duplicates_and_no_samples_at_all(store: Store, fetch: Any) -> None:
+    done = curated(store, fetch([[{"uid": 1, "body": None}], [{"uid": 2, "body": "a"}], []]), DedupConfig())
+    assert done.num_kept == (0, 1, 0)
+    assert duplicates_of(store, done) == {}
+
+
+@pytest.mark.parametrize(
+    ("prefer", "kept"),
+    [
+        (["uid"], {"a": 4, "b": 2, "c": 3, "d": 1}),
+        (["source"], {"a": 4, "b": 8, "c": 3, "d": 1}),
+        (["caption"], {"a": 4, "b": 2, "c": 3, "d": 1}),
+        (["caption", "source", "uid"], {"a": 4, "b": 8, "c": 3, "d": 1}),
+    ],
+)
+def test_preference_decides_who_represents(prefer: Any, kept: dict[str, int]) -> None:
+    samples = tuple(sample for unit in UNITS for sample in unit)
+    known = facts(samples)
+    keys = make_keys(known, *BYTES.keys(known), ranks(known, DedupConfig(prefer=prefer).prefer))
+    _, representatives = find_duplicates(keys)
+    body_of = {uid: body for uid, body, *_ in samples}
+    told = {body_of[int(key["uid_low"])]: int(key["uid_low"]) for key in representatives}
+    assert told == {body: uid for body, uid in kept.items() if body != "d"}
+
+
+@pytest.mark.parametrize("prefer", [["uid", "source"], ["source", "source"], ["name"]])
+def test_preferences_that_make_no_sense_are_refused(prefer: Any) -> None:
+    with pytest.raises(ValueError, match="prefer"):
+        DedupConfig(prefer=prefer)
 
 
 def test_the_result_does_not_depend_on_the_order_of_the_keys() -> None:
     draw = np.random.default_rng(0)
-    hashes = [hashlib.sha256(bytes([number])).hexdigest() for number in draw.integers(0, 50, 400)]
-    uids = [f"{uid:032x}" for uid in draw.permutation(400)]
-    keys = make_keys(hashes, uids, 0, range(400))
-    expected = {}
-    for uid, digest in sorted(zip(uids, hashes, strict=True)):
-        expected.setdefault(digest, uid)
+    bodies, uids = draw.integers(0, 50, 400), draw.permutation(400)
+    known = facts(tuple((int(uid), str(body), "", "", "") for uid, body in zip(uids, bodies, strict=True)))
+    expected = {body: min(uids[bodies == body]) for body in set(bodies)}
+    keys = make_keys(known, *BYTES.keys(known), ranks(known, ["uid"]))
     for _ in range(3):
         dropped, representatives = find_duplicates(keys[draw.permutation(400)])
         assert len(dropped) == 400 - len(expected)
         for row, low in zip(dropped["row"].tolist(), representatives["uid_low"].tolist(), strict=True):
-            assert f"{low:032x}" == expected[hashes[row]]
+            assert low == expected[bodies[row]]
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_fewer_than_two_keys_have_no_duplicates(count: int) -> None:
-    keys = make_keys(["ab" * 32] * count, ["0" * 32] * count, 0, range(count))
-    dropped, representatives = find_duplicates(keys)
+    known = facts(((1, "a", "u", "c", "s"),) * count)
+    dropped, representatives = find_duplicates(make_keys(known, *BYTES.keys(known), ranks(known, [])))
     assert len(dropped) == len(representatives) == 0
 
 
-def test_hashes_that_differ_in_their_second_half_only_are_different() -> None:
-    keys = make_keys(["ab" * 8 + "00" * 24, "ab" * 8 + "01" * 24], ["0" * 32, "1" * 32], 0, [0, 1])
-    assert len(find_duplicates(keys)[0]) == 0
+def test_keys_and_uids_that_begin_alike_are_told_apart() -> None:
+    known = facts(tuple((uid, "a", "u", "c", "s") for uid in (3, 1, 2, 7, 8)))
+    keys = make_keys(known, *BYTES.keys(known), ranks(known, []))
+    keys["key_high"] = [1, 2, 1, 2, 3]  # key_low is the same
+    dropped, representatives = find_duplicates(keys)
+    assert sorted(zip(dropped["row"].tolist(), representatives["row"].tolist(), strict=True)) == [(0, 2), (3, 1)]
+
+
+def test_keys_of_several_facts_differ_when_one_differs() -> None:
+    known = facts(((1, "a", "u", "c", "s"), (2, "a", "u", "d", "s"), (3, "b", "u", "c", "s"), (4, "a", "v", "c", "s")))
+    pairs = list(zip(*(words.tolist() for words in BYTES_AND_CAPTION.keys(known)), strict=True))
+    assert len(set(pairs)) == 3
+    assert pairs[0] == pairs[3]
+    assert len(set(URL.keys(known)[1].tolist())) == 2
+
+
+def test_samples_without_a_hash_of_their_bytes_are_left_alone() -> None:
+    columns = {"uid": ["0" * 32] * 2, "url": ["u"] * 2, "caption": ["c"] * 2}
+    without = facts_of(pa.table(columns | {"sha256": pa.nulls(2, pa.string())}), 0, range(2), {})
+    assert not BYTES.has_key(without).any()
+    assert not BYTES_AND_CAPTION.has_key(facts_of(pa.table(columns), 0, range(2), {})).any()
+    assert URL.has_key(without).all()
 
 
 def test_partitions_follow_from_the_number_of_keys() -> None:
-    assert [num_partitions(keys) for keys in (0, 1, 1_000_000, 1_000_001)] == [1, 1, 1, 2]
+    assert [exchange.num_partitions(keys) for keys in (0, 1, 1_000_000, 1_000_001)] == [1, 1, 1, 2]
 
 
 def test_partitions_cover_the_whole_hash_space_in_order() -> None:
-    keys = make_keys(["00" * 32, "7f" + "ff" * 31, "80" + "00" * 31, "ff" * 32], ["0" * 32] * 4, 0, range(4))
+    hashes = np.array([0, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
     for count in (1, 3, 1000):
-        partitions = partition_of(keys, count).tolist()
+        partitions = partition_of(hashes, count).tolist()
         assert partitions == sorted(partitions)
         assert partitions[0] == 0
         assert partitions[-1] == count - 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "starts"),
+    [((), (0,)), ((0,), (0, 1)), ((5, 5, 1), (0, 2, 3)), ((20, 20), (0, 1, 2)), ((0, 0, 9, 2, 0), (0, 3, 5))],
+)
+def test_groups_have_about_as_many_rows_each(counts: tuple[int, ...], starts: tuple[int, ...]) -> None:
+    groups = Groups.of(counts, 10)
+    assert groups.starts == starts
+    assert [groups.of_unit(unit) for unit in range(len(counts))] == [
+        group for group in range(len(groups)) for _ in range(*groups.range(group))
+    ]

@@ -126,7 +126,7 @@ def test_two_ray_workers_of_which_one_is_killed_make_the_same_bytes(
 
 def test_killed_after_every_stage_resumes_to_the_same_bytes(dataset: Path, words: Any, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    for stage in ("plan-order", "dedup", "pack"):
+    for stage in ("plan-order", "exact-keys", "exact-drops", "pack"):
         build = start(words(folder))
         done = folder / "journal" / stage
         wait_until(lambda done=done: done.is_dir() and list(done.glob("*.json")), build)

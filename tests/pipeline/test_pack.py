@@ -6,7 +6,8 @@ import tarfile
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -19,14 +20,15 @@ from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
-from pipeline.decide import DecideStage
-from pipeline.duplicates.exact import DedupStage
+from pipeline.curation.chain import curate
+from pipeline.curation.context import Context
+from pipeline.duplicates.config import DedupConfig
 from pipeline.manifest import SAMPLE_COLUMNS
 from pipeline.pack import PackStage, Part, _sample_json, cut_shards, sample_key
 from pipeline.plain import json_form, plain_values
 from pipeline.record import RecordStage, total_counts
-from pipeline.rules.images import MinimumSide
-from pipeline.selection import DecidedUnit, Drops, num_dropped, read_table
+from pipeline.rules.config import CurateConfig
+from pipeline.selection import DecidedUnit, read_table
 from pipeline.tar import TarWriter
 from pipeline.workfile import WorkFile
 
@@ -46,14 +48,10 @@ def run_all(store: Store, fetched: list[Marker], samples_per_shard: int) -> tupl
     def run(stage: Any) -> dict[str, Marker]:
         return run_stage(AsSent(stage), Journal(store), InlineExecutor(), Progress())
 
-    decided = run(DecideStage.of(store, fetched, (MinimumSide(threshold=32),), 2))
-    keys = tuple(marker.path_of("keys.bin") for marker in decided.values())
-    deduped = run(DedupStage(store=store, keys=keys, partitions=2))
-    units = tuple(DecidedUnit.of(index, unit, decided[unit.unit]) for index, unit in enumerate(fetched))
-    paths = tuple(marker.path_of("duplicates.bin") for marker in deduped.values())
-    drops = (Drops(rule="dedup.exact", reason="duplicate_bytes", paths=paths, num_units=len(units)),)
-    dropped = num_dropped(store, drops, len(units))
-    num_kept = [decided[unit.id].counts["kept"] - int(dropped[unit.index]) for unit in units]
+    config = SimpleNamespace(curate=CurateConfig(min_side_px=32), dedup=DedupConfig())
+    context = Context(config=cast(Any, config), store=store, run_stage=run)
+    done = curate(context, {marker.unit: marker for marker in fetched})
+    units, num_kept, drops = done.units, done.num_kept, done.drops
     shards = tuple(tuple(parts) for parts in cut_shards(units, num_kept, samples_per_shard))
     pack = PackStage(store=store, shards=shards, drops=drops, samples_per_shard=samples_per_shard)
     record = RecordStage(
@@ -179,7 +177,7 @@ def test_nothing_kept_makes_no_shard(store: Store, fetch: Any) -> None:
 @pytest.mark.parametrize("sizes", [[0], [5], [4], [1, 0, 0, 7, 2], [3, 3, 3], [12]])
 def test_shards_are_cut_at_exact_size(sizes: list[int]) -> None:
     units = [
-        DecidedUnit(index=index, id=str(index), rows=NONE, images=NONE, kept=NONE, decisions=NONE, keys=NONE)
+        DecidedUnit(index=index, id=str(index), rows=NONE, images=NONE, kept=NONE, decisions=NONE, facts=NONE)
         for index in range(len(sizes))
     ]
     shards = cut_shards(units, sizes, 4)
@@ -190,7 +188,7 @@ def test_shards_are_cut_at_exact_size(sizes: list[int]) -> None:
 
 
 def test_workers_are_not_sent_the_list_of_all_shards(store: Store) -> None:
-    unit = DecidedUnit(index=0, id="0", rows=NONE, images=NONE, kept=NONE, decisions=NONE, keys=NONE)
+    unit = DecidedUnit(index=0, id="0", rows=NONE, images=NONE, kept=NONE, decisions=NONE, facts=NONE)
     stage = PackStage(
         store=store,
         shards=tuple((Part(unit=unit, first=0, end=1),) for _ in range(1000)),

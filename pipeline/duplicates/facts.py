@@ -1,0 +1,75 @@
+"""What the steps that look for duplicates compare of a sample: one record of fixed size, made once, from columns alone.
+
+Hashes are of 128 bits: two different ones of a billion are the same with probability 1.5e-21.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.buckets import Records
+
+HAS_BYTES, HAS_LOOK = 1, 2
+"""Bits of `flags`: whether the hash of the bytes, and the perceptual hashes, are known."""
+FACTS = np.dtype(
+    [
+        ("unit", "<u4"),
+        ("row", "<u4"),
+        *((f"{name}_{half}", "<u8") for name in ("uid", "bytes", "url", "caption") for half in ("high", "low")),
+        ("phash", "<u8"),
+        ("phash_mirror", "<u8"),
+        ("num_chars", "<u4"),  # of the caption
+        ("priority", "<i4"),  # of the source, the greatest is preferred
+        ("flags", "<u4"),
+    ]
+)
+COLUMNS = ("uid", "url", "caption")
+OPTIONAL_COLUMNS = ("sha256", "phash", "phash_mirror", "source")
+"""What `facts_of` reads. The optional ones need not be there, nor have a value in every row."""
+
+_NO_HASH = "0" * 32
+
+
+def facts_of(
+    table: pa.Table, unit: int, rows: Sequence[int] | NDArray[np.integer[Any]], priorities: Mapping[str, int]
+) -> Records:
+    """[N] FACTS of a table's rows, which are numbers `rows` of fetch unit number `unit`.
+
+    priorities: of sources by their name in the column `source`; others have 0.
+    """
+    facts = np.zeros(table.num_rows, FACTS)
+    facts["unit"], facts["row"] = unit, rows
+    facts["uid_high"], facts["uid_low"] = _words(table["uid"])
+    for name in ("url", "caption"):
+        facts[f"{name}_high"], facts[f"{name}_low"] = _text_hashes(table[name].to_pylist())
+    facts["num_chars"] = pc.fill_null(pc.utf8_length(table["caption"]), 0).to_numpy()
+    if "sha256" in table.schema.names:
+        facts["bytes_high"], facts["bytes_low"] = _words(table["sha256"])
+        facts["flags"] |= np.where(table["sha256"].is_valid().to_numpy(), HAS_BYTES, 0).astype(np.uint32)
+    if {"phash", "phash_mirror"} <= {*table.schema.names}:
+        for name in ("phash", "phash_mirror"):
+            facts[name] = pc.fill_null(pc.cast(table[name], pa.uint64()), 0).to_numpy()
+        is_known = pc.and_(table["phash"].is_valid(), table["phash_mirror"].is_valid())
+        facts["flags"] |= np.where(is_known.to_numpy(), HAS_LOOK, 0).astype(np.uint32)
+    if priorities and "source" in table.schema.names:
+        facts["priority"] = [priorities.get(name, 0) for name in table["source"].to_pylist()]
+    return facts
+
+
+def _words(column: pa.ChunkedArray) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The first 128 bits of hexadecimal numbers, as two words each; 0 for null."""
+    texts = pc.utf8_slice_codeunits(pc.fill_null(column, _NO_HASH), 0, 32).to_pylist()
+    words = np.frombuffer(bytes.fromhex("".join(texts)), ">u8").reshape(-1, 2).astype(np.uint64)
+    return words[:, 0], words[:, 1]
+
+
+def _text_hashes(texts: Sequence[str | None]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """128-bit hashes, as two words each."""
+    digests = b"".join(hashlib.blake2b((text or "").encode(), digest_size=16).digest() for text in texts)
+    words = np.frombuffer(digests, "<u8").reshape(-1, 2)
+    return words[:, 0], words[:, 1]
