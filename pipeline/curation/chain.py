@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.journal import Marker
+from pipeline.config import source_priorities
 from pipeline.curation.context import Context, Curated, Step
 from pipeline.decide import DecideStage
 from pipeline.duplicates.exact import drop_exact, drop_same_bytes_and_caption, drop_same_url
@@ -15,7 +16,12 @@ STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_captio
 
 def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
     """What is kept of these fetch units; `num_kept` of the result is what every step has left."""
-    decide = DecideStage.of(context.store, list(fetched.values()), image_rules(context.config.curate))
+    decide = DecideStage.of(
+        context.store,
+        list(fetched.values()),
+        image_rules(context.config.curate),
+        priorities=source_priorities(context.config),
+    )
     decided = context.run_stage(replace(decide, name=context.name("decide")))
     num_kept = tuple(marker.counts["kept"] for marker in decided.values())
     curated = Curated(

@@ -10,18 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cluster.config import parse
 from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.buckets import Records
+from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates import exact, exchange
 from pipeline.duplicates.config import DedupConfig
 from pipeline.duplicates.facts import facts_of
 from pipeline.duplicates.keys import BYTES, BYTES_AND_CAPTION, URL, find_duplicates, make_keys, partition_of, ranks
-from pipeline.rules.config import CurateConfig
 from pipeline.selection import Groups, representative_uid, survivors
 
 # units of (uid, body, url, caption, source)
@@ -62,14 +63,14 @@ def cut(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "num_partitions", lambda _: partitions)
 
 
-def curated(store: Store, fetched: list[Marker], dedup: DedupConfig) -> Curated:
+def curated(store: Store, fetched: list[Marker], *dedup: str) -> Curated:
     def run(stage: Any) -> dict[str, Marker]:
         sent = pickle.loads(pickle.dumps(stage))
         here = SimpleNamespace(**{**vars(sent), "units": stage.units, "run": sent.run})
         return run_stage(cast(Any, here), Journal(store), InlineExecutor(), Progress())
 
-    config = SimpleNamespace(curate=CurateConfig(), dedup=dedup, sources={})
-    context = Context(config=cast(Any, config), store=store, run_stage=run)
+    config = parse(BuildConfig, ["input=list", "output=out", *dedup])
+    context = Context(config=config, store=store, run_stage=run)
     return curate(context, {marker.unit: marker for marker in fetched})
 
 
@@ -85,7 +86,7 @@ def duplicates_of(store: Store, done: Curated) -> dict[tuple[int, int], tuple[st
 
 @pytest.mark.usefixtures("cut")
 def test_the_smallest_uid_represents_identical_bytes(store: Store, fetch: Any) -> None:
-    done = curated(store, fetch([[rows_of(sample) for sample in unit] for unit in UNITS]), DedupConfig())
+    done = curated(store, fetch([[rows_of(sample) for sample in unit] for unit in UNITS]))
     told = "duplicate_bytes"
     assert duplicates_of(store, done) == {
         (0, 0): (told, 4),
@@ -99,8 +100,8 @@ def test_the_smallest_uid_represents_identical_bytes(store: Store, fetch: Any) -
 
 @pytest.mark.usefixtures("cut")
 def test_criteria_are_steps_of_which_each_sees_what_those_before_have_left(store: Store, fetch: Any) -> None:
-    dedup = DedupConfig(exact=False, by_url=True, by_bytes_and_caption=True)
-    done = curated(store, fetch([[rows_of(sample) for sample in unit] for unit in UNITS]), dedup)
+    fetched = fetch([[rows_of(sample) for sample in unit] for unit in UNITS])
+    done = curated(store, fetched, "dedup.exact=false", "dedup.by_url=true", "dedup.by_bytes_and_caption=true")
     assert duplicates_of(store, done) == {
         (0, 1): ("duplicate_url", 1),
         (2, 0): ("duplicate_url", 3),
@@ -113,7 +114,7 @@ def test_criteria_are_steps_of_which_each_sees_what_those_before_have_left(store
 def test_one_key_that_every_sample_has(store: Store, fetch: Any) -> None:
     units = [[{"uid": 100 * unit + row + 5, "body": "same"} for row in range(30)] for unit in range(5)]
     units[3][7]["uid"] = 1
-    done = curated(store, fetch(units), DedupConfig())
+    done = curated(store, fetch(units))
     assert done.num_kept == (0, 0, 0, 1, 0)
     found = duplicates_of(store, done)
     assert len(found) == 149
@@ -121,7 +122,7 @@ def test_one_key_that_every_sample_has(store: Store, fetch: Any) -> None:
 
 
 def test_no_duplicates_and_no_samples_at_all(store: Store, fetch: Any) -> None:
-    done = curated(store, fetch([[{"uid": 1, "body": None}], [{"uid": 2, "body": "a"}], []]), DedupConfig())
+    done = curated(store, fetch([[{"uid": 1, "body": None}], [{"uid": 2, "body": "a"}], []]))
     assert done.num_kept == (0, 1, 0)
     assert duplicates_of(store, done) == {}
 

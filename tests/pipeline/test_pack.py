@@ -6,8 +6,7 @@ import tarfile
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,18 +15,18 @@ import pyarrow.dataset
 import pytest
 import webdataset
 
+from cluster.config import parse
 from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
+from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context
-from pipeline.duplicates.config import DedupConfig
 from pipeline.manifest import SAMPLE_COLUMNS
 from pipeline.pack import PackStage, Part, _sample_json, cut_shards, sample_key
 from pipeline.plain import json_form, plain_values
 from pipeline.record import RecordStage, total_counts
-from pipeline.rules.config import CurateConfig
 from pipeline.selection import DecidedUnit, read_table
 from pipeline.tar import TarWriter
 from pipeline.workfile import WorkFile
@@ -48,8 +47,8 @@ def run_all(store: Store, fetched: list[Marker], samples_per_shard: int) -> tupl
     def run(stage: Any) -> dict[str, Marker]:
         return run_stage(AsSent(stage), Journal(store), InlineExecutor(), Progress())
 
-    config = SimpleNamespace(curate=CurateConfig(min_side_px=32), dedup=DedupConfig())
-    context = Context(config=cast(Any, config), store=store, run_stage=run)
+    config = parse(BuildConfig, ["input=list", "output=out", "curate.min_side_px=32"])
+    context = Context(config=config, store=store, run_stage=run)
     done = curate(context, {marker.unit: marker for marker in fetched})
     units, num_kept, drops = done.units, done.num_kept, done.drops
     shards = tuple(tuple(parts) for parts in cut_shards(units, num_kept, samples_per_shard))
