@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 OWNERS = {
     "build": ("pipeline", "URL lists -> downloaded, filtered, deduplicated shards"),
+    "curate": ("pipeline", "decide anew what a dataset keeps, without downloading it again"),
     "repair": ("pipeline", "try again what failed for a reason that may pass, and add it to the dataset"),
     "verify": ("pipeline", "check every file of a dataset against its manifest"),
     "explain": ("pipeline", "the whole story of one pair, by uid or URL"),

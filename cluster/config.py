@@ -5,6 +5,7 @@ whether the value can change the run's results. `parse` turns command-line words
 `RequestError` with one message that names the wrong key and the nearest valid one.
 """
 
+import copy
 import difflib
 import re
 import types
@@ -90,7 +91,12 @@ def parse(model: type[C], argv: Sequence[str]) -> C:
     Raises RequestError for a missing or unreadable file, an unknown key (with the nearest valid one), a value of the
     wrong type or out of range, or a required key that nobody gave.
     """
-    values: dict[str, Any] = {}
+    return validate(model, read_words(model, argv))
+
+
+def read_words(model: type[BaseModel], argv: Sequence[str], under: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The values that `parse` checks, as nested plain values; laid over those of `under`. Raises RequestError."""
+    values: dict[str, Any] = copy.deepcopy(dict(under or {}))
     texts = {name for name, field in walk_keys(model) if _holds_text(field.annotation)}
     for word in argv:
         name, equals, text = word.partition("=")
@@ -102,7 +108,7 @@ def parse(model: type[C], argv: Sequence[str]) -> C:
             raise RequestError(f"{word}: unknown option; settings are written key=value (see --help)")
         else:
             _merge(values, _spelled_out(model, load_yaml(word)))
-    return validate(model, values)
+    return values
 
 
 def load_yaml(path: str) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Store:
         )
         self._root = str(root).rstrip("/")
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        self._protocols = frozenset(protocols)
         self._has_folders = protocols.isdisjoint(_WITHOUT_FOLDERS)
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self.url = self._root if self.is_local else url.rstrip("/")
@@ -66,11 +67,22 @@ class Store:
         return f"Store({self.url!r})"
 
     def full(self, path: str) -> str:
-        """The absolute path of an object as its file system knows it."""
-        return posixpath.join(self._root, path) if path else self._root
+        """The absolute path of an object as its file system knows it.
+
+        path: below this root, or what `url_of` of another store of the same file system gives; RequestError for one of
+        another file system.
+        """
+        if not is_elsewhere(path):
+            return posixpath.join(self._root, path) if path else self._root
+        protocol = path.partition("://")[0] if "://" in path else "file"
+        if protocol not in self._protocols:
+            raise RequestError(f"{path}: cannot be read together with {self.url}, which is on another file system")
+        return str(self._fs._strip_protocol(path))
 
     def url_of(self, path: str) -> str:
         """The URL of an object, to print or to give to another program."""
+        if is_elsewhere(path):
+            return path
         return posixpath.join(self.url, path) if path else self.url
 
     def exists(self, path: str) -> bool:
@@ -198,6 +210,11 @@ class Store:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def is_elsewhere(path: str) -> bool:
+    """Whether a path is not relative to a root: an absolute one of a local disk, or a URL."""
+    return path.startswith("/") or "://" in path
 
 
 def _write_synced(path: Path, data: bytes) -> None:

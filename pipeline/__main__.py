@@ -1,4 +1,4 @@
-"""`python -m pipeline build|repair|verify|explain|report ...`, which the `pairmill` command runs."""
+"""`python -m pipeline build|curate|repair|verify|explain|report ...`, which the `pairmill` command runs."""
 
 import json
 import logging
@@ -21,6 +21,7 @@ class Command:
     about: str
     words: tuple[str, ...]
     load: Callable[[], tuple[type[Config], Callable[[Any], int]]]
+    parse: Callable[[type[Config], Sequence[str]], Config] = parse
 
 
 def _build() -> tuple[type[Config], Callable[[Any], int]]:
@@ -28,6 +29,19 @@ def _build() -> tuple[type[Config], Callable[[Any], int]]:
     from pipeline.config import BuildConfig
 
     return BuildConfig, build_command
+
+
+def _curate() -> tuple[type[Config], Callable[[Any], int]]:
+    from pipeline.config import BuildConfig
+    from pipeline.curate import curate_command
+
+    return BuildConfig, curate_command
+
+
+def _parse_over_base(model: type[Config], words: Sequence[str]) -> Config:
+    from pipeline.curate import settings_over_base
+
+    return settings_over_base(words)
 
 
 def _repair() -> tuple[type[Config], Callable[[Any], int]]:
@@ -66,6 +80,13 @@ COMMANDS = {
         about="Turns URL lists into a dataset. The same command goes on with a build that was stopped.",
         words=(),
         load=_build,
+    ),
+    "curate": Command(
+        usage="OLD output=NEW [curate.KEY=... dedup.KEY=... balance.KEY=... pack.KEY=... fetch_missing=true]",
+        about="Decides anew which pairs of a dataset are kept, into a new folder, without downloading them again.",
+        words=("base",),
+        load=_curate,
+        parse=_parse_over_base,
     ),
     "repair": Command(
         usage="OUT [key=value ...]",
@@ -117,7 +138,7 @@ def _run(name: str, command: Command, words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(f"usage: pairmill {name} {command.usage}\n\n{command.about}\n\nkeys:\n{help_text(model)}")
         return EXIT_DONE
-    return action(parse(model, _as_settings(command, words)))
+    return action(command.parse(model, _as_settings(command, words)))
 
 
 def _as_settings(command: Command, words: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from cluster.progress import Progress
 from cluster.run import open_run
 from cluster.session import ray_session, require_reachable
 from cluster.store import Store
+from pipeline.adopt import Base, MissingStage, RevisitStage, fetch_markers
 from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context, Curated
@@ -36,10 +37,11 @@ def build_command(config: BuildConfig) -> int:
     """Build (or go on building, or only find) a dataset, and print where everything is."""
     if _is_finished(config.output):
         return _already_done(config)
-    read = ReadStage.of(config)  # looks at the lists: nothing is written when one is missing or unreadable
+    read = open_inputs(config)  # looks at the lists: nothing is written when one is missing or unreadable
     require_reachable(config.ray)
     run = open_run(config.output, "build", config)
-    read.refuse_changed(run.journal)
+    if isinstance(read, ReadStage):
+        read.refuse_changed(run.journal)
     if not config.fetch.contact:
         logger.warning("fetch.contact is not set: sites cannot tell you when your requests trouble them")
     with ray_session(config.ray) as executor, Progress(title=f"build {run.store.url}") as progress:
@@ -47,6 +49,11 @@ def build_command(config: BuildConfig) -> int:
     write_report(run.store)
     print_summary(run.store, manifest)
     return EXIT_DONE
+
+
+def open_inputs(config: BuildConfig) -> ReadStage | Base:
+    """What a build begins with. RequestError when something is missing, unreadable or not what it has to be."""
+    return Base.of(config.base) if config.base is not None else ReadStage.of(config)
 
 
 def _is_finished(output: str) -> bool:
@@ -60,10 +67,10 @@ def _already_done(config: BuildConfig) -> int:
     """Say where a finished dataset is. RequestError when the request differs from what was built."""
     run = open_run(config.output, "build", config)
     try:
-        read = ReadStage.of(config)
+        read = open_inputs(config)
     except RequestError:  # the lists may be gone by now
         read = None
-    if read:
+    if isinstance(read, ReadStage):
         with contextlib.suppress(FileNotFoundError):  # work/ may be removed: then names and sizes have to do
             read.refuse_changed(run.journal)
     manifest = read_manifest(config.output)[1]
@@ -85,7 +92,7 @@ class Build:
         self._progress = progress
         self._stages: list[str] = []
 
-    def run(self, read: ReadStage) -> Manifest:
+    def run(self, read: ReadStage | Base) -> Manifest:
         """Do what is left of every stage and publish the manifest. RunError if no pair is kept."""
         manifest = self.first(read)
         for stage in self._stages:
@@ -96,15 +103,53 @@ class Build:
         return manifest
 
     def first(self, read: Any) -> Manifest:
-        """The build itself without its repairs: all but the publishing of its manifest, which is returned."""
+        """The build itself without its repairs: all but the publishing of its manifest, which is returned.
+
+        read: what `open_inputs` gives, or another stage with the markers of `plan-read`.
+        """
         config, store = self._config, self._store
-        sources = self._stage(read)
-        ordered = self._stage(OrderStage.of(config, store, sources))
-        fetched = self._stage(replace(FetchStage.of(config, store, ordered), ledgers=self._ledgers))
+        sources, fetched = self._revisit(read) if isinstance(read, Base) else self._fetch(read)
         curated = curate(Context(config=config, store=store, run_stage=self._stage), fetched)
         packed, recorded = self._write(curated)
         refuse_empty(total_counts(recorded), config.input)
         return make_manifest(store, config, list(sources.values()), list(packed.values()), recorded)
+
+    def _fetch(self, read: Any) -> tuple[dict[str, Marker], dict[str, Marker]]:
+        """(markers of plan-read, of fetch)."""
+        sources = self._stage(read)
+        return sources, self._download(self._plan(sources))
+
+    def _revisit(self, base: Base) -> tuple[dict[str, Marker], dict[str, Marker]]:
+        """The same markers, of what the base has read and downloaded."""
+        journal, store, config = self._journal, self._store, self._config
+        sources = base.adopt_lists(journal)
+        ordered = self._plan(sources)
+        units = base.units()
+        revisit = RevisitStage(
+            store=store,
+            units_of_base=tuple(units),
+            planned=tuple(marker.path_of("rows.parquet") for marker in ordered.values()),
+            fetch_missing=config.fetch_missing,
+        )
+        revisited = self._stage(revisit)
+        fetched = fetch_markers(journal, units, revisited)
+        base.adopt_scores(journal, revisited)
+        if config.fetch_missing:
+            missing = MissingStage.of(store, revisited, base.next_number(), config.plan.rows_per_unit)
+            fetched |= self._download(self._stage(missing))
+        fetched = dict(sorted(fetched.items()))
+        journal.announce("fetch", list(fetched))
+        journal.seen["fetch"] = fetched
+        return sources, fetched
+
+    def _plan(self, sources: dict[str, Marker]) -> dict[str, Marker]:
+        """The markers of plan-order."""
+        return self._stage(OrderStage.of(self._config, self._store, sources))
+
+    def _download(self, ordered: dict[str, Marker]) -> dict[str, Marker]:
+        """Stage fetch."""
+        stage = FetchStage.of(self._config, self._store, ordered)
+        return self._stage(replace(stage, ledgers=self._ledgers))
 
     def repair(self, manifest: Manifest) -> Manifest:
         """The next generation of a dataset: all but the publishing of its manifest, which is returned."""

@@ -15,6 +15,8 @@ from pipeline.config import BuildConfig
 from pipeline.manifest import FORMAT_VERSION, MANIFEST_FILE, FileInfo, Manifest, Shard
 from pipeline.record import total_counts
 
+_PLACES = ("input", "against", "base")
+
 
 def make_manifest(
     store: Store,
@@ -39,9 +41,19 @@ def make_manifest(
         counts=counts,
         shards=tuple(_shard(index, marker) for index, marker in enumerate(packed)),
         columns=_columns(store, packed[0].path_of("samples.parquet")),
-        config={name: value for name, value in flatten(config, only_result=True).items() if name != "input"},
+        config=settings_of(config),
         sources=source_entries,
     )
+
+
+def settings_of(config: BuildConfig) -> dict[str, Any]:
+    """The settings that affect results, but for where things are read: {dotted key: value}."""
+    settings = {name: value for name, value in flatten(config, only_result=True).items() if name not in _PLACES}
+    settings["sources"] = {
+        name: {key: value for key, value in source.items() if key not in _PLACES}
+        for name, source in settings["sources"].items()
+    }
+    return settings
 
 
 def extend_manifest(

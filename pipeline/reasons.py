@@ -24,6 +24,15 @@ class Reason(StrEnum):
         "unreadable_row",
         "the list's row could not be read: bad bytes or the wrong number of fields",
     )
+    IMPORT_FAILED = "import_failed", "the dataset that it comes from had failed to get the image"
+    IMPORT_MISSING = (
+        "import_missing",
+        "the image is not in the file where the dataset that it comes from should have it",
+    )
+    IMPORT_UNLISTED = "import_unlisted", "the imported tar holds an image that the table beside it does not know"
+    IN_EARLIER_DATASET = "in_earlier_dataset", "a dataset of the key against has the pair, or has dropped it for good"
+    SAMPLED_OUT = "sampled_out", "its source is taken in part only, and the pair is not in that part"
+    NOT_DOWNLOADED = "not_downloaded", "left out before the download when the images were fetched, so there is none"
     MISSING_URL = "missing_url", "the row has no URL"
     INVALID_URL = "invalid_url", "the URL is malformed"
     UNSUPPORTED_SCHEME = "unsupported_scheme", "the URL, or a redirect, is neither http nor https"
@@ -85,6 +94,10 @@ class Reason(StrEnum):
     DUPLICATE_URL = "duplicate_url", "another kept sample has the same URL"
     DUPLICATE_PAIR = "duplicate_pair", "another kept sample has the very same bytes and the same caption"
     NEAR_DUPLICATE = "near_duplicate", "another kept sample looks the same"
+    BALANCED_OUT = (
+        "balanced_out",
+        "its concepts are frequent and it was not drawn, or its caption has none (the score is its chance to stay)",
+    )
 
 
 def http_reason(status: int) -> str:

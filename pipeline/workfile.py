@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.errors import RunError
 from cluster.journal import Marker, file_sha256, marker_path
-from cluster.store import Store
+from cluster.store import Store, is_elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,11 @@ class WorkFile:
     def _unusable(self, store: Store, problem: str) -> RunError:
         marker = store.url_of(marker_path(self.stage, self.unit))
         where = f"stage {self.stage}, unit {self.unit}: {store.url_of(self.path)} {problem}"
+        if is_elsewhere(self.path):
+            return RunError(
+                f"{where}; it belongs to another dataset, from which this one was made: put it back and run the same "
+                "command"
+            )
         if not self.path.startswith("work/"):
             return RunError(f"{where}; `pairmill verify {store.url}` says what to do")
         return RunError(
