@@ -8,6 +8,7 @@ from pydantic import model_validator
 from cluster.config import REQUIRED, Config, StringList, key
 from cluster.session import RayConfig
 from pipeline.addresses import is_network
+from pipeline.balance.config import BalanceConfig
 from pipeline.duplicates.config import DedupConfig
 from pipeline.rules.config import CurateConfig
 
@@ -253,13 +254,14 @@ class BuildConfig(Config):
     image: ImageConfig = key(ImageConfig(), "images")
     curate: CurateConfig = key(CurateConfig(), "curation")
     dedup: DedupConfig = key(DedupConfig(), "deduplication")
+    balance: BalanceConfig = key(BalanceConfig(), "balance of concepts")
     pack: PackConfig = key(PackConfig(), "packing")
     ray: RayConfig = key(RayConfig(), "Ray")
 
     @model_validator(mode="after")
     def _relations(self) -> "BuildConfig":
-        places, fetch, agent = self._place_relations(), self._fetch_relations(), self._agent_relations()
-        for problem in (*places, *fetch, *agent, *self._engine_relations(), *self.curate.problems()):
+        own = (*self._place_relations(), *self._fetch_relations(), *self._agent_relations(), *self._engine_relations())
+        for problem in (*own, *self.curate.problems(), *self.balance.problems()):
             raise ValueError(problem)
         return self
 

@@ -53,6 +53,17 @@ def order_of(keys: Keys, seed: int) -> Keys:
     return places
 
 
+def chances(keys: Keys, words: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.float64]:
+    """Draws, uniform in [0, 1), one for each pair and further word: a pure function of uid, word and seed.
+
+    keys: uint64 [N, 2]. words: uint64 [N].
+    """
+    with np.errstate(over="ignore"):
+        mixed = _mix((order_of(keys, seed) ^ words) + _GOLDEN)
+    draws: npt.NDArray[np.float64] = (mixed >> np.uint64(11)) * 2.0**-53
+    return draws
+
+
 def range_bounds(num_ranges: int) -> list[tuple[int, int]]:
     """The 64-bit order cut into equal parts: [first, last] of each, both included."""
     cuts = [index * 2**64 // num_ranges for index in range(num_ranges + 1)]

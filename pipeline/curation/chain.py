@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.journal import Marker
+from pipeline.balance.step import balance
 from pipeline.config import source_priorities
 from pipeline.curation.context import Context, Curated, Step
 from pipeline.decide import DecideStage
@@ -11,7 +12,7 @@ from pipeline.duplicates.exact import drop_exact, drop_same_bytes_and_caption, d
 from pipeline.rules.chosen import image_rules
 from pipeline.selection import DecidedUnit, Groups, num_dropped
 
-STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_caption)
+STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_caption, balance)
 
 
 def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
