@@ -98,10 +98,6 @@ class Reason(StrEnum):
         "balanced_out",
         "its concepts are frequent and it was not drawn, or its caption has none (the score is its chance to stay)",
     )
-    BALANCED_OUT = (
-        "balanced_out",
-        "its concepts are frequent and it was not drawn, or its caption has none (the score is its chance to stay)",
-    )
 
 
 def http_reason(status: int) -> str:
