@@ -15,6 +15,7 @@ from cluster.run import open_run
 from cluster.session import ray_session, require_reachable
 from cluster.store import Store
 from pipeline.adopt import Base, MissingStage, RevisitStage, fetch_markers
+from pipeline.balance.concepts import require_concepts
 from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context, Curated
@@ -38,6 +39,7 @@ def build_command(config: BuildConfig) -> int:
     if _is_finished(config.output):
         return _already_done(config)
     read = open_inputs(config)  # looks at the lists: nothing is written when one is missing or unreadable
+    require_concepts(config.balance)
     require_reachable(config.ray)
     run = open_run(config.output, "build", config)
     if isinstance(read, ReadStage):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import RequestError
+from pipeline.balance.config import BalanceConfig
 
 _APART = str.maketrans({mark: f" {mark} " for mark in ",.;:?!`"})
 
@@ -36,6 +37,12 @@ def read_concepts(given: Sequence[str], ignore_case: bool) -> list[str]:
     if not concepts:
         raise RequestError(f"balance.concepts={', '.join(given)}: there is no concept; give one a line")
     return concepts
+
+
+def require_concepts(config: BalanceConfig) -> None:
+    """RequestError, before any work, when concepts are asked for and there are none to read."""
+    if config.per_concept is not None and config.concepts:
+        read_concepts(config.concepts, config.ignore_case)
 
 
 def spaced(text: str, ignore_case: bool) -> str:

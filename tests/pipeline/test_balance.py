@@ -145,3 +145,7 @@ def test_two_workers_and_other_groups_give_the_same_bytes(
 def test_concepts_are_asked_for(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", *words(tmp_path / "out", "balance.per_concept=5")]) == 2
     assert "Set balance.concepts" in capsys.readouterr().err
+    missing = ("balance.per_concept=5", f"balance.concepts={tmp_path}/missing.txt")
+    assert main(["build", *words(tmp_path / "out", *missing)]) == 2
+    assert "missing.txt: cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
