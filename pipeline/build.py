@@ -23,6 +23,7 @@ from pipeline.fetch import FetchStage
 from pipeline.generations import num_repairs
 from pipeline.ledgers import Ledgers, LocalLedgers, RayLedgers
 from pipeline.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pipeline.models.measure import require_usable
 from pipeline.pack import PackStage, cut_shards, more_columns
 from pipeline.plan import OrderStage, ReadStage
 from pipeline.publish import make_manifest, publish, refuse_empty
@@ -39,6 +40,7 @@ def build_command(config: BuildConfig) -> int:
     if _is_finished(config.output):
         return _already_done(config)
     read = open_inputs(config)  # looks at the lists: nothing is written when one is missing or unreadable
+    require_usable(config)
     require_concepts(config.balance)
     require_reachable(config.ray)
     run = open_run(config.output, "build", config)

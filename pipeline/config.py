@@ -1,6 +1,7 @@
 """Every setting of `pairmill build`. Defaults are a complete configuration but for `input` and `output`."""
 
 import re
+from importlib.util import find_spec
 from typing import Literal
 
 from pydantic import model_validator
@@ -10,6 +11,7 @@ from cluster.session import RayConfig
 from pipeline.addresses import is_network
 from pipeline.balance.config import BalanceConfig
 from pipeline.duplicates.config import DedupConfig
+from pipeline.models.config import ModelsConfig
 from pipeline.rules.config import CurateConfig
 
 Resize = Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border", "no"]
@@ -254,6 +256,7 @@ class BuildConfig(Config):
     image: ImageConfig = key(ImageConfig(), "images")
     curate: CurateConfig = key(CurateConfig(), "curation")
     dedup: DedupConfig = key(DedupConfig(), "deduplication")
+    models: ModelsConfig = key(ModelsConfig(), "models that look at images")
     balance: BalanceConfig = key(BalanceConfig(), "balance of concepts")
     pack: PackConfig = key(PackConfig(), "packing")
     ray: RayConfig = key(RayConfig(), "Ray")
@@ -261,9 +264,21 @@ class BuildConfig(Config):
     @model_validator(mode="after")
     def _relations(self) -> "BuildConfig":
         own = (*self._place_relations(), *self._fetch_relations(), *self._agent_relations(), *self._engine_relations())
-        for problem in (*own, *self.curate.problems(), *self.balance.problems()):
+        for problem in (*own, *self.curate.problems(), *self.balance.problems(), *self._model_relations()):
             raise ValueError(problem)
         return self
+
+    def _model_relations(self) -> list[str]:
+        curate, dedup, problems = self.curate, self.dedup, []
+        for key_name, value in (
+            ("dedup.semantic_similarity", dedup.semantic_similarity),
+            ("curate.evaluation_similarity", curate.evaluation_similarity),
+        ):
+            if value is not None and dedup.semantic_model is None:
+                problems.append(f"{key_name}={value}: set dedup.semantic_model, whose embeddings are compared")
+        if dedup.semantic_model is not None and find_spec("faiss") is None:
+            problems.append("dedup.semantic_model: faiss is not installed; pip install 'pairmill[semantic]'")
+        return problems
 
     def _place_relations(self) -> list[str]:
         problems = self._source_relations()

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from pipeline.reasons import Reason
 from pipeline.rules.base import ScoreRule, Scores, numbers
+from pipeline.rules.config import CurateConfig
 
 NSFW, IMAGE_TEXT = "nsfw_score", "image_text_score"
 DISTANCE, SIMILARITY = "evaluation_distance", "evaluation_similarity"
@@ -97,6 +98,22 @@ class EvaluationSimilarity(ScoreRule):
 
     def details(self, rows: pa.Table) -> Sequence[str | None]:
         return _texts(rows, f"{SIMILARITY}_detail")
+
+
+def model_rules(config: CurateConfig) -> tuple[ScoreRule, ...]:
+    """Those that a configuration asks for, in the order in which they are blamed."""
+    rules: list[ScoreRule] = []
+    if config.max_nsfw_score is not None:
+        rules.append(NsfwScore(threshold=config.max_nsfw_score))
+    if config.min_image_text_score is not None:
+        rules.append(ImageTextScore(threshold=config.min_image_text_score))
+    if config.unscored == "drop" and rules:
+        rules.append(Unscored(columns=tuple(column for rule in rules for column in rule.columns)))
+    if config.evaluation_sets and config.evaluation_distance is not None:
+        rules.append(EvaluationDistance(threshold=config.evaluation_distance))
+    if config.evaluation_sets and config.evaluation_similarity is not None:
+        rules.append(EvaluationSimilarity(threshold=config.evaluation_similarity))
+    return tuple(rules)
 
 
 def _texts(rows: pa.Table, column: str) -> list[str | None]:

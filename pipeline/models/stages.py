@@ -9,7 +9,8 @@ embed-<fingerprint>   embeddings.npy   float16 [N, D], rows of length 1; NaN whe
 Counts of both: rows (input rows), images, failed (images that the model, or the decoder, could not do)
 """
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +19,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster.executor import Unit
-from cluster.journal import UnitOutput
+from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
 from pipeline.models.apply import Applied, Values, in_batches
 from pipeline.models.config import ModelsConfig
 from pipeline.models.images import Stored, batches
 from pipeline.models.measured import SCORES_FILE, write_scores
 from pipeline.models.spec import Ability, Model
+from pipeline.rules.measured import Measured
 from pipeline.selection import open_images, read_checked
 from pipeline.workfile import WorkFile
 
+EMBEDDINGS_FILE, ROWS_FILE = "embeddings.npy", "rows.npy"
 _READ = ("status", "num_rows", "caption", "width", "height", "image_offset", "image_size")
 
 
@@ -38,6 +41,33 @@ class UnitImages:
     id: str
     rows: WorkFile
     images: WorkFile
+
+    @staticmethod
+    def of(fetched: Marker) -> "UnitImages":
+        return UnitImages(
+            id=fetched.unit, rows=WorkFile.of(fetched, "rows.parquet"), images=WorkFile.of(fetched, "images.tar")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded:
+    """Where the embeddings of one fetch unit lie."""
+
+    id: str
+    rows: WorkFile
+    vectors: WorkFile
+
+    @staticmethod
+    def of(marker: Marker) -> "Embedded":
+        return Embedded(
+            id=marker.unit, rows=WorkFile.of(marker, ROWS_FILE), vectors=WorkFile.of(marker, EMBEDDINGS_FILE)
+        )
+
+    def read(self, store: Store) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
+        """([N] row numbers in the unit, [N, D] rows of length 1, NaN where the model failed)."""
+        rows: NDArray[np.int32] = np.load(io.BytesIO(self.rows.read(store)))
+        vectors: NDArray[np.float16] = np.load(io.BytesIO(self.vectors.read(store)))
+        return rows.astype(np.int64), vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +135,8 @@ class EmbedStage(ModelStage):
     """A point for every downloaded image."""
 
     def _write(self, output: UnitOutput, rows: NDArray[np.int64], values: Values) -> None:
-        np.save(output.path("embeddings.npy"), values.astype(np.float16))
-        np.save(output.path("rows.npy"), rows.astype(np.int32))
+        np.save(output.path(EMBEDDINGS_FILE), values.astype(np.float16))
+        np.save(output.path(ROWS_FILE), rows.astype(np.int32))
 
 
 def downloaded_rows(table: pa.Table) -> NDArray[np.int64]:
@@ -121,3 +151,8 @@ def stored_images(rows: pa.Table) -> list[Stored]:
         Stored(offset=offset, size_bytes=size, num_pixels=(width or 0) * (height or 0), caption=caption or "")
         for offset, size, width, height, caption in zip(*columns, strict=True)
     ]
+
+
+def measured_column(column: str, markers: Mapping[str, Marker]) -> Measured:
+    """What a stage has measured, as the rules' column of this name."""
+    return Measured(column=column, files=tuple(WorkFile.of(marker, SCORES_FILE) for marker in markers.values()))

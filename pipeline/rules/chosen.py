@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pipeline.models.rules import model_rules
 from pipeline.rules.base import Rule
 from pipeline.rules.captions import MaximumCaptionChars, MinimumCaptionChars, MinimumCaptionWords
 from pipeline.rules.config import CurateConfig
@@ -32,7 +33,7 @@ def image_rules(config: CurateConfig) -> tuple[Rule, ...]:
         rules.append(AspectRatio(threshold=config.max_aspect_ratio))
     if config.drop_blank:
         rules.append(Blank(threshold=config.blank_threshold))
-    return tuple(rules)
+    return (*rules, *model_rules(config))
 
 
 def columns_of(rules: Sequence[Rule]) -> list[str]:

