@@ -169,8 +169,13 @@ class Journal:
         output: UnitOutput,
         seconds: float = 0.0,
         inputs: Mapping[str, str] | None = None,
+        *,
+        replace: bool = False,
     ) -> Marker:
-        """Publish an attempt's files and create the unit's marker; returns the marker that won, ours or another's."""
+        """Publish an attempt's files and create the unit's marker; returns the marker that won, ours or another's.
+
+        replace: ours wins, whatever is there.
+        """
         attempt = uuid.uuid4().hex[:12]
         files = []
         for name, local, publish_as in output.files():
@@ -187,6 +192,9 @@ class Journal:
             seconds=seconds,
             inputs=inputs,
         )
+        if replace:
+            self.store.write_bytes(marker_path(stage, unit), marker.to_json())
+            return marker
         if self.store.create(marker_path(stage, unit), marker.to_json()):
             return marker
         winner = self.marker(stage, unit)

@@ -22,6 +22,8 @@ class Command:
     words: tuple[str, ...]
     load: Callable[[], tuple[type[Config], Callable[[Any], int]]]
     parse: Callable[[type[Config], Sequence[str]], Config] = parse
+    flags: tuple[str, ...] = ()
+    """Settings that are switched on by `--name` as well."""
 
 
 def _build() -> tuple[type[Config], Callable[[Any], int]]:
@@ -95,10 +97,12 @@ COMMANDS = {
         load=_repair,
     ),
     "verify": Command(
-        usage="OUT [key=value ...]",
-        about="Checks every file of a dataset against its manifest and says what is damaged and what to do.",
+        usage="OUT [--repair] [key=value ...]",
+        about="Checks every file of a dataset against its manifest and journal and says what is damaged and what to "
+        "do. With --repair it makes again what is damaged, and nothing else.",
         words=("dataset",),
         load=_verify,
+        flags=("repair",),
     ),
     "explain": Command(
         usage="OUT UID|URL",
@@ -146,8 +150,9 @@ def _as_settings(command: Command, words: Sequence[str]) -> list[str]:
 
     They are quoted, so that a uid of digits stays text.
     """
+    words = [f"{word[2:]}=true" if word[2:] in command.flags and word[:2] == "--" else word for word in words]
     if not command.words:
-        return list(words)
+        return words
     free = list(command.words)
     return [f"{free.pop(0)}={json.dumps(word)}" if free and _is_plain(word, command) else word for word in words]
 

@@ -161,13 +161,14 @@ class FetchStage:
         with self.store.open(unit.params["path"]) as raw, pq.ParquetFile(raw) as file:
             planned = file.read_row_group(unit.params["group"])
         with TarWriter(output.path("images.tar")) as tar:
-            outcomes = self._fetch_rows(planned, tar)
+            outcomes = self.fetch_rows(planned, tar)
         table = _with_outcomes(planned, outcomes)
         pq.write_table(table, output.path("rows.parquet"), compression="zstd")
         for name, number in count_fetched(table).items():
             output.count(name, number)
 
-    def _fetch_rows(self, planned: pa.Table, tar: TarWriter) -> "list[Outcome]":
+    def fetch_rows(self, planned: pa.Table, tar: TarWriter) -> "list[Outcome]":
+        """Fetch planned rows; kept images go to the tar. One outcome a row, in their order."""
         if self.fetch.engine == "img2dataset":
             from pipeline import img2dataset_engine  # here, as few need it
 

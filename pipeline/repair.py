@@ -37,7 +37,7 @@ from pipeline.workfile import WorkFile
 _REASON = "reason:"
 
 
-def _overrides(group: type[Config], name: str) -> Any:
+def overrides(group: type[Config], name: str) -> Any:
     """The keys of a group that may differ from one command to the next, all optional: null is as the build had it."""
     fields: dict[str, Any] = {
         key_name: (Optional[field.annotation], key(None, f"{field.description}; null: as the build had it"))  # noqa: UP045
@@ -51,8 +51,8 @@ RepairConfig = create_model(
     "RepairConfig",
     __base__=Config,
     dataset=(str, key(REQUIRED, "folder or URL of a finished dataset", min_length=1)),
-    fetch=(_overrides(FetchConfig, "RepairFetch"), key({}, "downloading")),
-    ray=(_overrides(RayConfig, "RepairRay"), key({}, "Ray")),
+    fetch=(overrides(FetchConfig, "RepairFetch"), key({}, "downloading")),
+    ray=(overrides(RayConfig, "RepairRay"), key({}, "Ray")),
 )
 
 
@@ -64,7 +64,7 @@ def repair_command(config: Any) -> int:
     store, manifest = read_manifest(config.dataset)
     _refuse_other_columns(store, manifest)
     _, record = require_run(config.dataset, "build")
-    settings = _settings(record["config"], config)
+    settings = settings_of(record["config"], config)
     journal = Journal(store)
     groups = group_records(journal, len(manifest.repairs) + 1, settings.plan.rows_per_unit)
     if not groups:
@@ -88,7 +88,7 @@ def _refuse_other_columns(store: Store, manifest: Manifest) -> None:
         )
 
 
-def _settings(stored: Mapping[str, Any], config: Any) -> BuildConfig:
+def settings_of(stored: Mapping[str, Any], config: Any) -> BuildConfig:
     """The build's settings, with what the command overrides."""
     values: dict[str, Any] = {name: dict(value) if isinstance(value, dict) else value for name, value in stored.items()}
     values["output"] = config.dataset

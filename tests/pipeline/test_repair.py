@@ -275,24 +275,57 @@ def test_a_removed_manifest_is_made_again_by_the_build(web: Web, original: Path,
     assert verdicts(built) == record
 
 
-def test_verify_names_what_a_repair_has_to_do_again(
-    web: Web, original: Path, built: Path, capsys: pytest.CaptureFixture[str]
+# Of a dataset that was repaired: the file (a first one of several) that is damaged or removed.
+DAMAGES = {
+    "shard of the build": ("shards/00001.tar", True),
+    "shard of the repair": ("shards/00003.tar", True),
+    "record that the repair changed": ("record/00001.parquet", True),
+    "images of the build": ("work/fetch/00000-00000.*/images.tar", True),
+    "images of the repair": ("work/repair-0001-fetch/*/images.tar", True),
+    "rows of the repair": ("work/repair-0001-fetch/*/rows.parquet", False),
+    "decisions of the repair": ("work/repair-0001-decide/*/kept.npy", True),
+    "verdicts of the repair": ("work/repair-0001-verdict/*/record.parquet", True),
+    "plan of the repair": ("work/repair-0001-plan/*/rows.parquet", True),
+    "marker of a plan": ("journal/repair-0001-plan/*.json", False),
+    "marker of decisions": ("journal/repair-0001-decide/*.json", False),
+    "marker of a shard": ("journal/repair-0001-pack/*.json", False),
+    "marker of a download": ("journal/repair-0001-fetch/*.json", False),
+    "marker of verdicts": ("journal/repair-0001-verdict/*.json", False),
+    "marker of the build": ("journal/decide/*.json", False),
+}
+
+
+@pytest.fixture(scope="module")
+def repaired(server: Web, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repaired") / "out"
+    shutil.copytree(original / "out", folder)
+    server.is_well = True
+    assert main(["repair", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_to_a_repaired_dataset_is_named_and_made_again(
+    web: Web, repaired: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     web.is_well = True
-    assert main(["repair", str(built)]) == 0
-    before = published(built)
-    for name in ("shards/00003.tar", "record/00001.parquet"):
-        data = bytearray((built / name).read_bytes())
+    pattern, is_all_back = DAMAGES[name]
+    folder = tmp_path / "out"
+    shutil.copytree(repaired, folder)
+    path = sorted(folder.glob(pattern))[0]
+    if path.suffix == ".json":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
-        (built / name).write_bytes(data)
-    assert main(["verify", str(built)]) == 1
-    out = capsys.readouterr().out
-    assert "journal/repair-0001-pack/00003.json" in out
-    for path in next(line for line in out.splitlines() if line.startswith("  ")).split():
-        Path(path).unlink(missing_ok=True)
-    assert main(["build", *words(original, built)]) == 0
-    assert published(built) == before
-    assert is_whole(built)
+        path.write_bytes(data)
+    assert main(["verify", str(folder), "--repair"]) == 0, capsys.readouterr().out
+    assert f"{path}: " in capsys.readouterr().out
+    assert published(folder) == published(repaired)
+    assert verdicts(folder) == verdicts(repaired)
+    assert is_whole(folder)
+    if is_all_back:
+        assert path.read_bytes() == (repaired / path.relative_to(folder)).read_bytes()
 
 
 @pytest.mark.parametrize(

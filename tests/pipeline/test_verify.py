@@ -1,4 +1,4 @@
-"""Verify names what is damaged, and what it says to do repairs it."""
+"""Verify names what is damaged and what to do. That repair does it: test_mend.py."""
 
 import json
 import shutil
@@ -28,6 +28,10 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_whole_dataset_is_said_to_be_whole(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(dataset), "decode=null"]) == 0
     assert "whole: 27 samples in 3 shards" in capsys.readouterr().out
@@ -44,22 +48,19 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_named_and_the_advice_repairs_it(
-    copy: Path, dataset: Path, words: Any, capsys: pytest.CaptureFixture[str], name: str
+def test_damage_is_named_and_nothing_is_written_without_repair(
+    copy: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     path, damage, problem = DAMAGES[name]
     damage(copy / path)
+    before = contents(copy)
     assert main(["verify", str(copy)]) == 1
     out = capsys.readouterr().out
     assert f"{copy / path}: " in out
     assert problem in out
     assert "1 damaged" in out
-    for remove in out.strip().splitlines()[-1].split():
-        Path(remove).unlink()
-    assert main(["build", *words(copy)]) == 0
-    assert main(["verify", str(copy)]) == 0
-    for file in ("shards/00001.tar", "shards/00000.parquet", "shards/00002.tar", "manifest.json"):
-        assert (copy / file).read_bytes() == (dataset / file).read_bytes()
+    assert f"`pairmill verify {copy} --repair` makes them again" in out
+    assert contents(copy) == before
 
 
 def test_without_work_nobody_is_told_to_remove_what_cannot_be_made_again(
@@ -86,7 +87,8 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> lis
     change(plain)
     (folder / "manifest.json").write_text(json.dumps(plain))
     store, manifest = read_manifest(str(folder))
-    return [f"{damage.path}: {damage.problem}" for damage in verify(store, manifest, decode=None)]
+    found = [f"{damage.path}: {damage.problem}" for damage in verify(store, manifest, decode=None)]
+    return [each for each in found if "vouches for other bytes" not in each]
 
 
 def test_counts_that_do_not_add_up_are_named(copy: Path) -> None:

@@ -1,0 +1,244 @@
+"""`pairmill verify OUT --repair`: what is damaged is made again, byte for byte, and nothing else is touched."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.journal import Journal
+from cluster.store import Store
+from pipeline.__main__ import main
+from pipeline.fetch import FetchStage
+from pipeline.pack import PackStage
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    shutil.copytree(dataset, folder)
+    return folder
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1024])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def published(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.startswith(("shards/", "manifest.json"))}
+
+
+def glob(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+# name: (file, what is done to it, what verify says, whether every byte of the folder comes back)
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str, bool]] = {
+    "flipped bit in a tar": ("shards/00001.tar", flip_bit, "sha256 differs", True),
+    "flipped bit in a table": ("shards/00000.parquet", flip_bit, "sha256 differs", True),
+    "deleted shard": ("shards/00002.tar", Path.unlink, "is missing", True),
+    "shortened shard": (
+        "shards/00001.tar",
+        lambda path: path.write_bytes(path.read_bytes()[:-1024]),
+        "should have",
+        True,
+    ),
+    "flipped bit in a record": ("record/00003.parquet", flip_bit, "sha256 differs", True),
+    "deleted record": ("record/00000.parquet", Path.unlink, "is missing", True),
+    "flipped bit in the plan": ("work/plan-order/00000.*/rows.parquet", flip_bit, "sha256 differs", True),
+    "flipped bit in the list": ("work/plan-read/00000-*/rows.parquet", flip_bit, "sha256 differs", True),
+    "flipped bit in downloaded images": ("work/fetch/00000-00001.*/images.tar", flip_bit, "sha256 differs", True),
+    "downloaded images deleted": ("work/fetch/00000-00002.*/images.tar", Path.unlink, "is missing", True),
+    "flipped bit in downloaded rows": ("work/fetch/00000-00003.*/rows.parquet", flip_bit, "sha256 differs", False),
+    "flipped bit in the decisions": ("work/decide/00000-00004.*/kept.npy", flip_bit, "sha256 differs", True),
+    "flipped bit in the duplicates": ("work/dedup/00000.*/*.bin", flip_bit, "sha256 differs", True),
+    "a marker of plan-read removed": ("journal/plan-read/00000-*.json", Path.unlink, "marker is missing", False),
+    "a marker of plan-order removed": ("journal/plan-order/00000.json", Path.unlink, "marker is missing", False),
+    "a marker of fetch removed": ("journal/fetch/00000-00001.json", Path.unlink, "marker is missing", False),
+    "a marker of decide removed": ("journal/decide/00000-00001.json", Path.unlink, "marker is missing", False),
+    "a marker of dedup removed": ("journal/dedup/00000.json", Path.unlink, "marker is missing", False),
+    "a marker of pack removed": ("journal/pack/00001.json", Path.unlink, "marker is missing", False),
+    "a marker of record removed": ("journal/record/00000-00002.json", Path.unlink, "marker is missing", False),
+    "flipped bit in a marker": ("journal/decide/00000-00002.json", flip_bit, "damaged", False),
+    "announcement removed": ("journal/decide.json", Path.unlink, "is missing", False),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named_and_repaired_to_the_same_bytes(
+    copy: Path, dataset: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    pattern, damage, problem, is_all_back = DAMAGES[name]
+    path = glob(copy, pattern)
+    damage(path)
+    assert main(["verify", str(copy), "--repair"]) == 0, capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{path}: " in out
+    assert problem in out
+    assert "1 damaged, 0 after the repair" in out
+    assert published(copy) == published(dataset)
+    if is_all_back:
+        assert contents(copy) == contents(dataset)
+
+
+def test_flip_deletion_and_a_removed_marker_together(
+    copy: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_bit(copy / "shards/00000.tar")
+    (copy / "shards/00001.tar").unlink()
+    (copy / "journal/fetch/00000-00002.json").unlink()
+    assert main(["verify", str(copy), "repair=true"]) == 0
+    out = capsys.readouterr().out
+    for path, problem in (
+        ("shards/00000.tar", "sha256 differs"),
+        ("shards/00001.tar", "is missing"),
+        ("journal/fetch/00000-00002.json", "the unit's marker is missing"),
+    ):
+        assert f"{copy / path}: {problem}" in out
+    assert published(copy) == published(dataset)
+
+
+def test_images_of_whole_shards_are_not_downloaded_again(copy: Path, dataset: Path, site: Any) -> None:
+    """A fetch unit that is lost as a whole: only duplicates and what rules dropped are asked for."""
+    shutil.rmtree(glob(copy, "work/fetch/00000-00001.*"))
+    (copy / "journal/fetch/00000-00001.json").unlink()
+    kept = pq.read_table(copy / "record/00001.parquet").filter(pc.field("status") == "kept").num_rows
+    assert kept > 2
+    before = site.num_requests
+    assert main(["verify", str(copy), "--repair"]) == 0
+    assert site.num_requests - before <= 7 - kept
+    assert published(copy) == published(dataset)
+
+
+def remake_fetch(copy: Path, unit: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    """What removing a marker of fetch by hand and building again comes to: other files, a new marker."""
+    journal = Journal(Store(str(copy)))
+    old = journal.marker("fetch", unit)
+    assert old is not None
+    with journal.attempt("fetch", unit) as output:
+        shutil.copy(copy / old.path_of("images.tar"), output.path("images.tar"))
+        pq.write_table(change(pq.read_table(copy / old.path_of("rows.parquet"))), output.path("rows.parquet"))
+        output.counts |= old.counts
+        journal.commit("fetch", unit, output, inputs=old.inputs, replace=True)
+
+
+def with_column(name: str, value: Any) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        index = table.schema.get_field_index(name)
+        column = [value if old is not None else None for old in table[name].to_pylist()]
+        return table.set_column(index, name, pa.array(column, table.schema.field(name).type))
+
+    return change
+
+
+def test_what_was_made_from_another_unit_is_named_and_made_again(
+    copy: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remake_fetch(copy, "00000-00003", with_column("seconds", 77.0))
+    assert main(["verify", str(copy)]) == 1
+    out = capsys.readouterr().out
+    for stage in ("decide", "record"):
+        marker = copy / "journal" / stage / "00000-00003.json"
+        assert f"{marker}: was made from another fetch/00000-00003/rows.parquet" in out
+    assert f"{copy}/journal/pack/" in out
+    assert main(["verify", str(copy), "--repair"]) == 0
+    assert published(copy) == published(dataset)
+    record = pq.read_table(copy / "record/00003.parquet")
+    assert {*record["seconds"].drop_null().to_pylist()} == {77.0}
+
+
+def test_other_images_are_never_packed_into_a_published_dataset(
+    copy: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remake_fetch(copy, "00000-00003", with_column("sha256", "ab" * 32))
+    before = contents(copy)
+    assert main(["verify", str(copy), "--repair"]) == 1
+    out = capsys.readouterr().out
+    assert "not repaired: stage pack, unit" in out
+    assert "would have other bytes than manifest.json says" in out
+    assert published(copy) == published(dataset)
+    for name in (name for name in before if name.startswith(("journal/", "record/"))):
+        assert contents(copy)[name] == before[name], name
+
+
+def test_images_that_the_web_has_no_more_are_told_and_nothing_is_changed(
+    copy: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = FetchStage.fetch_rows
+
+    def without_images(self: FetchStage, planned: pa.Table, tar: Any) -> list[dict[str, Any]]:
+        return [{"status": "dropped", "reason": "http_404"} for _ in gone(self, planned, tar)]
+
+    monkeypatch.setattr(FetchStage, "fetch_rows", without_images)
+    unit = next(name for name, shard in shards_of(copy).items() if 1 in shard)
+    flip_bit(copy / "shards/00001.tar")
+    flip_bit(glob(copy, f"work/fetch/{unit}.*/images.tar"))
+    flip_bit(copy / "shards/00000.tar")
+    before = contents(copy)
+    assert main(["verify", str(copy), "--repair"]) == 1
+    out = capsys.readouterr().out
+    assert f"not repaired: stage fetch, unit {unit}: " in out
+    assert "pairs are not to be had as they were (http_404" in out
+    after = contents(copy)
+    assert {name for name in before if after[name] != before[name]} <= {"shards/00000.tar"}
+
+
+def shards_of(copy: Path) -> dict[str, set[int]]:
+    """Fetch unit -> shards that its samples are in."""
+    return {
+        f"00000-{path.stem}": {*pq.read_table(path)["shard"].drop_null().to_pylist()}
+        for path in sorted((copy / "record").iterdir())
+    }
+
+
+def test_without_work_nothing_is_tried(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy / "work")
+    (copy / "shards/00001.tar").unlink()
+    before = contents(copy)
+    assert main(["verify", str(copy), "--repair"]) == 1
+    assert "work/ was removed" in capsys.readouterr().out
+    assert contents(copy) == before
+
+
+def test_journals_without_inputs_are_checked_and_repaired_as_far_as_they_tell(copy: Path, dataset: Path) -> None:
+    for path in copy.glob("journal/**/*.json"):
+        plain = json.loads(path.read_bytes())
+        path.write_text(json.dumps({name: value for name, value in plain.items() if name not in LATER_KEYS}))
+    assert main(["verify", str(copy)]) == 0
+    (copy / "journal/decide/00000-00001.json").unlink()
+    flip_bit(copy / "shards/00000.tar")
+    assert main(["verify", str(copy), "--repair"]) == 0
+    assert published(copy) == published(dataset)
+
+
+LATER_KEYS = ("inputs", "check", "units")
+
+
+def test_a_stopped_repair_goes_on(copy: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copy / "journal/decide/00000-00001.json").unlink()
+    (copy / "shards/00001.tar").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(PackStage, "run", stop)
+        assert main(["verify", str(copy), "--repair"]) == 130
+    assert main(["verify", str(copy), "--repair"]) == 0
+    assert published(copy) == published(dataset)
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
