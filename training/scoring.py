@@ -29,6 +29,7 @@ from training.config import TrainConfig
 from training.data.image import to_square
 from training.evaluate.model import find_checkpoint, load_model
 from training.methods import METHODS
+from training.models.timm_encoder import declare_missing_operators, import_timm
 
 Pictures = Sequence[NDArray[np.uint8]]
 Features = NDArray[np.float32]
@@ -80,8 +81,7 @@ class OpenClipModel:
     (local-dir:FOLDER, hf-hub:...)."""
 
     def __init__(self, *, threads: int, name: str, weights: str | None = None) -> None:
-        import open_clip
-
+        open_clip = _import_open_clip()
         torch.set_num_threads(threads)
         model, _, self._prepare = open_clip.create_model_and_transforms(name, pretrained=weights)
         self._model: Any = model.eval()
@@ -90,8 +90,7 @@ class OpenClipModel:
 
     @classmethod
     def identity(cls, *, name: str, weights: str | None = None) -> str:
-        import open_clip
-
+        open_clip = _import_open_clip()
         if not name.startswith((LOCAL_FOLDER, HUB)) and name not in open_clip.list_models():
             raise RequestError(f"open_clip has no model {name}; see open_clip.list_models()")
         return _identity_of_weights("open_clip", open_clip.__version__, name, weights)
@@ -111,8 +110,7 @@ class TimmModel:
     """A model of timm without its classifier, with the preprocessing that its configuration names."""
 
     def __init__(self, *, threads: int, name: str, weights: str | None = None) -> None:
-        import timm
-
+        timm = import_timm()
         data: Any = importlib.import_module("timm.data")  # not all of it is typed
         torch.set_num_threads(threads)
         brings_weights = name.startswith((LOCAL_FOLDER, HUB))
@@ -123,8 +121,7 @@ class TimmModel:
 
     @classmethod
     def identity(cls, *, name: str, weights: str | None = None) -> str:
-        import timm
-
+        timm = import_timm()
         if not name.startswith((LOCAL_FOLDER, HUB)) and not timm.is_model(name):
             raise RequestError(f"timm has no model {name}; see timm.list_models()")
         return _identity_of_weights("timm", timm.__version__, name, weights)
@@ -133,6 +130,11 @@ class TimmModel:
         """Return [N, D]."""
         with torch.inference_mode():
             return _numpy(self._model(_stack(self._prepare, images)).flatten(1))
+
+
+def _import_open_clip() -> Any:
+    declare_missing_operators()  # it imports torchvision
+    return importlib.import_module("open_clip")
 
 
 def _identity_of_weights(library: str, version: str, name: str, weights: str | None) -> str:

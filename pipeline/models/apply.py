@@ -68,7 +68,7 @@ class Applied:
     def _call(self, images: Sequence[Image], captions: Sequence[str]) -> Values:
         if self.ability == "embed":
             return unit_length(self._checked("embed", self._loaded.embed(images), len(images)))
-        if self.ability == "score_pairs" and not hasattr(self._loaded, "score"):
+        if self.ability == "score_pairs" and not callable(getattr(self._loaded, "score", None)):
             pictures = unit_length(self._checked("embed", self._loaded.embed(images), len(images)))
             texts = unit_length(self._checked("embed_texts", self._loaded.embed_texts(captions), len(images)))
             cosines: Values = np.sum(pictures * texts, axis=1, dtype=np.float64).astype(np.float32).reshape(-1, 1)
