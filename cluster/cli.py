@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+from cluster.disk import full_disk, is_full
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, PairmillError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,9 @@ def run_reporting_errors(name: str, action: Callable[[], int]) -> int:
         return EXIT_DONE
     except OSError as error:  # a full disk, a store that went away, a file that may not be read
         logger.debug("%s", name, exc_info=True)
+        if is_full(error):
+            print(f"{name}: {full_disk(*filter(None, [error.filename]))}", file=sys.stderr)
+            return EXIT_FAILED
         where = f"{error.filename}: " if error.filename else ""
         print(f"{name}: {where}{error.strerror or error}; what is finished is kept", file=sys.stderr)
         return EXIT_FAILED

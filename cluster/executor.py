@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import ray
 
+from cluster.disk import full_disk, is_full
 from cluster.errors import PairmillError, RunError
 from cluster.interrupt import raise_if_interrupted
 from cluster.journal import Journal, Marker, UnitOutput, marker_path
@@ -175,6 +176,8 @@ def unit_task(stage: Stage, journal: Journal) -> Callable[[Unit], Marker | Pairm
         except Exception as error:  # whatever a unit raises must reach the user with the unit's name
             if marker := journal.marker(stage.name, unit.id):
                 return marker  # the same command, started twice, did it first and swept our files
+            if is_full(error):
+                return full_disk(*([journal.store.url] if journal.store.is_local else []))
             logger.exception("stage %s unit %s failed", stage.name, unit.id)
             return RunError(
                 f"stage {stage.name}, unit {unit.id}: {type(error).__name__}: {error}; "

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.disk import full_disk, is_full
 from cluster.errors import RequestError, RunError
 from cluster.remote import call
 
@@ -208,6 +209,10 @@ class Store:
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             yield temporary
+        except OSError as error:
+            if is_full(error):
+                raise full_disk(target.parent) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
