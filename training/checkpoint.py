@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,6 +44,7 @@ CONVERTED = f"{WORK_FOLDER}/universal"
 POLL_S = 0.1
 GRACE_S = 30.0
 PARTS_PATIENCE_S = 1_800.0
+TRANSFERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +225,11 @@ class Checkpoints:
         if self._rank == 0:
             with self._scratch() as scratch:
                 convert(folder, scratch / "all")
-                for local in sorted(path for path in (scratch / "all").rglob("*") if path.is_file()):
-                    self._store.put_file(local, f"{converted}/{local.relative_to(scratch / 'all')}")
+                files = [path for path in (scratch / "all").rglob("*") if path.is_file()]
+                at_once(
+                    lambda local: self._store.put_file(local, f"{converted}/{local.relative_to(scratch / 'all')}"),
+                    files,
+                )
         dist.barrier()
         weights = torch.load(folder / WEIGHTS_FILE, weights_only=True)
         with self._local_folder(converted, [entry.path for entry in self._store.find(converted)]) as local_folder:
@@ -302,9 +306,15 @@ class Checkpoints:
             return
         with scratch_folder() as temporary:
             parent = Path(folder).parent
-            for path in paths:
-                self._store.get_file(path, temporary / Path(path).relative_to(parent))
+            at_once(lambda path: self._store.get_file(path, temporary / Path(path).relative_to(parent)), paths)
             yield temporary / Path(folder).name
+
+
+def at_once(transfer: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """Several transfers at a time: a converted checkpoint is three small files a parameter. Raises what any raised."""
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        for _ in pool.map(transfer, items):
+            pass
 
 
 def _part_path(info: CheckpointInfo, rank: int) -> str:
