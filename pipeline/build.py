@@ -148,7 +148,8 @@ class Build:
 
     def _plan(self, sources: dict[str, Marker]) -> dict[str, Marker]:
         """The markers of plan-order."""
-        return self._stage(OrderStage.of(self._config, self._store, sources))
+        order = OrderStage.of(self._config, self._store, sources)
+        return self._stage(order.with_rules(self._config.curate, self._stage))
 
     def _download(self, ordered: dict[str, Marker]) -> dict[str, Marker]:
         """Stage fetch."""

@@ -31,9 +31,9 @@ order, or the number of workers. (Extra columns of identical pairs are those of 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,14 @@ from pipeline.identity import keys_of_text, order_of, range_bounds, uid_keys, ui
 from pipeline.readers import ListSchema, Source, list_schema, list_sources, local_copy, read_rows
 from pipeline.reasons import Reason
 from pipeline.rules.base import Rule
-from pipeline.rules.chosen import text_rules
+from pipeline.rules.captions import CAPTION_PAIRS
+from pipeline.rules.chosen import columns_of, text_rules
+from pipeline.rules.config import CurateConfig
 from pipeline.rules.decisions import DECISIONS
+from pipeline.rules.frequency import Frequencies, count_captions, with_pairs
+from pipeline.rules.lists import copy_lists
 from pipeline.rules.screen import screen
+from pipeline.runs import read_range
 from pipeline.urls import url_problems
 
 RUN_ROWS = 262_144
@@ -180,8 +185,9 @@ class OrderStage:
     runs: tuple[str, ...]
     num_ranges: int
     rows_per_unit: int
-    rules: tuple[Rule, ...]
     memory_bytes: int
+    rules: tuple[Rule, ...] = ()
+    frequencies: Frequencies | None = None
     name: str = "plan-order"
     num_cpus: float = 1.0
 
@@ -199,20 +205,28 @@ class OrderStage:
             runs=tuple(marker.path_of("rows.parquet") for marker in sources.values()),
             num_ranges=max(-(-num_rows // per_range), -(-text_bytes // RANGE_TEXT_BYTES)),
             rows_per_unit=config.plan.rows_per_unit,
-            rules=text_rules(config.curate),
             memory_bytes=min(num_rows, per_range) * BYTES_PER_ROW + RUN_BYTES,
         )
 
+    def with_rules(self, config: CurateConfig, run_stage: Callable[[Any], Mapping[str, Marker]]) -> "OrderStage":
+        """The same with the rules that need no image; what they have to know beforehand is gathered by `run_stage`."""
+        rules = text_rules(config, copy_lists(config, self.store, run_stage))
+        if CAPTION_PAIRS not in columns_of(rules):
+            return replace(self, rules=rules)
+        frequencies = count_captions(self.store, self.runs, self.units(), self.memory_bytes, run_stage)
+        return replace(self, rules=rules, frequencies=frequencies)
+
     def units(self) -> list[Unit]:
         return [
-            Unit(id=f"{index:05d}", params={"first": first, "last": last})
+            Unit(id=f"{index:05d}", params={"index": index, "first": first, "last": last})
             for index, (first, last) in enumerate(range_bounds(self.num_ranges))
         ]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         first, last = unit.params["first"], unit.params["last"]
-        parts = [part for path in self.runs for part in self._read(path, first, last)]
+        parts = [part for path in self.runs for part in read_range(self.store, path, first, last)]
         table = collapse(pa.concat_tables(parts))
+        known = self.frequencies.of_range(self.store, unit.params["index"]) if self.frequencies else None
         for name in ("rows", "pairs", "units"):
             output.count(name, 0)
         with (
@@ -220,23 +234,13 @@ class OrderStage:
             _writer(output.path("decisions.parquet"), DECISIONS) as decisions,
         ):
             for start in range(0, table.num_rows, self.rows_per_unit):
-                rows, judged = screen(table.slice(start, self.rows_per_unit), self.rules)
+                rows = table.slice(start, self.rows_per_unit)
+                rows, judged = screen(rows if known is None else with_pairs(rows, known), self.rules)
+                rows = rows.select(table.column_names)
                 writer.write_table(rows, row_group_size=rows.num_rows)
                 decisions.write_table(judged.decisions, row_group_size=max(1, judged.decisions.num_rows))
                 _count(rows, output)
                 judged.count(output)
-
-    def _read(self, path: str, first: int, last: int) -> Iterator[pa.Table]:
-        """A source's rows whose order lies in [first, last]."""
-        with self.store.open(path) as raw, pq.ParquetFile(raw) as file:
-            column = file.schema_arrow.get_field_index("order")
-            yield file.schema_arrow.empty_table()
-            for group in range(file.num_row_groups):
-                seen = file.metadata.row_group(group).column(column).statistics
-                if seen.min <= last and seen.max >= first:
-                    table = file.read_row_group(group)
-                    order = table["order"].to_numpy()
-                    yield table.filter(pa.array((order >= np.uint64(first)) & (order <= np.uint64(last))))
 
 
 def _count(rows: pa.Table, output: UnitOutput) -> None:

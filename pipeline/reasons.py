@@ -40,6 +40,16 @@ class Reason(StrEnum):
     CAPTION_TOO_LONG = "caption_too_long", "the caption is longer than the greatest length kept"
     CAPTION_LANGUAGE = "caption_language", "the caption is not in one of the languages kept"
 
+    CAPTION_NOT_TEXT = "caption_not_text", "too little of the caption is letters and digits"
+    CAPTION_REPETITIVE = "caption_repetitive", "the caption repeats itself"
+    CAPTION_PERSON_TAG = "caption_person_tag", "the caption has a tag in the place of a person's name"
+    CAPTION_BLOCKED_WORD = "caption_blocked_word", "the caption has words that are not wanted"
+    CAPTION_BOILERPLATE = "caption_boilerplate", "too many pairs have the same caption"
+    URL_BLOCKED = "url_blocked", "the URL is on the list of those that are not wanted"
+    URL_NOT_ALLOWED = "url_not_allowed", "the URL is not on the list of those that are wanted"
+    HOST_BLOCKED = "host_blocked", "the host, or a domain above it, is on the list of those that are not wanted"
+    HOST_NOT_ALLOWED = "host_not_allowed", "neither the host nor a domain above it is on the list of those wanted"
+
     # The download.
     FORBIDDEN_ADDRESS = (
         "forbidden_address",
@@ -84,7 +94,10 @@ class Reason(StrEnum):
         "image_too_elongated",
         "the image's sides differ by more than the greatest ratio kept",
     )
+    IMAGE_TOO_LARGE = "image_too_large", "the image has more pixels than the most kept"
     IMAGE_BLANK = "image_blank", "the image is of one colour"
+    IMAGE_EMPTY = "image_empty", "the image has too little in it: few bytes for its pixels"
+    IMAGE_BLURRED = "image_blurred", "the image is less sharp than the least kept"
     IMAGE_UNSAFE = "image_unsafe", "a model holds the image for not safe for work"
     CAPTION_MISMATCH = "caption_mismatch", "a model holds that the caption does not fit the image"
     NOT_SCORED = "not_scored", "a model that was asked about the image could not score it"

@@ -53,3 +53,63 @@ class Blank(ScoreRule):
 
     def scores(self, rows: pa.Table) -> Scores:
         return numbers(rows, "grey_std")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumPixels(ScoreRule):
+    """Width times height of the image as downloaded."""
+
+    threshold: float
+    name = "curate.min_pixels"
+    reason = Reason.IMAGE_TOO_SMALL
+    columns = ("original_width", "original_height")
+    needs_image = True
+    keeps = "at_least"
+
+    def scores(self, rows: pa.Table) -> Scores:
+        return numbers(rows, "original_width") * numbers(rows, "original_height")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaximumPixels(ScoreRule):
+    """Width times height of the image as downloaded."""
+
+    threshold: float
+    name = "curate.max_pixels"
+    reason = Reason.IMAGE_TOO_LARGE
+    columns = ("original_width", "original_height")
+    needs_image = True
+    keeps = "at_most"
+
+    def scores(self, rows: pa.Table) -> Scores:
+        return numbers(rows, "original_width") * numbers(rows, "original_height")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Information(ScoreRule):
+    """Bytes of the stored image for each of its pixels: little is left of a page without content when it is packed."""
+
+    threshold: float
+    name = "curate.min_bytes_per_pixel"
+    reason = Reason.IMAGE_EMPTY
+    columns = ("image_size", "width", "height")
+    needs_image = True
+    keeps = "at_least"
+
+    def scores(self, rows: pa.Table) -> Scores:
+        return numbers(rows, "image_size") / (numbers(rows, "width") * numbers(rows, "height"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharpness(ScoreRule):
+    """The variance of the stored image's Laplacian: near 0 where nothing has an edge."""
+
+    threshold: float
+    name = "curate.min_sharpness"
+    reason = Reason.IMAGE_BLURRED
+    columns = ("sharpness",)
+    needs_image = True
+    keeps = "at_least"
+
+    def scores(self, rows: pa.Table) -> Scores:
+        return numbers(rows, "sharpness")

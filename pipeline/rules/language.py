@@ -11,7 +11,7 @@ import pyarrow as pa
 from cluster.errors import RunError
 from pipeline.reasons import Reason
 from pipeline.rules.base import ScoreRule, Scores, Verdicts
-from pipeline.rules.captions import captions
+from pipeline.rules.text import captions
 
 MAX_LANGUAGE_CHARS = 500
 """Language is told from this much of a caption: more text does not make it surer."""

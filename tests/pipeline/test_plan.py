@@ -35,7 +35,10 @@ def make_plan(folder: Path, inputs: list[str], *settings: str) -> tuple[list[lis
     store = Store(str(folder))
     journal, progress = Journal(store), Progress()
     read = run_stage(ReadStage.of(config), journal, InlineExecutor(), progress)
-    ordered = run_stage(OrderStage.of(config, store, read), journal, InlineExecutor(), progress)
+    order = OrderStage.of(config, store, read).with_rules(
+        config.curate, lambda stage: run_stage(stage, journal, InlineExecutor(), progress)
+    )
+    ordered = run_stage(order, journal, InlineExecutor(), progress)
     units: list[list[Row]] = []
     counts: dict[str, int] = {}
     for marker in ordered.values():
