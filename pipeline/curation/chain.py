@@ -13,7 +13,7 @@ from pipeline.models.measure import measure
 from pipeline.rules.chosen import image_rules
 from pipeline.selection import DecidedUnit, Groups, num_dropped
 
-STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_caption, drop_near, balance)
+STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_caption, balance)
 
 
 def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
