@@ -20,7 +20,7 @@ from cluster.report import (
 from cluster.store import Store
 from pipeline.__main__ import main
 from pipeline.manifest import read_manifest
-from pipeline.report_data import sample_rows, steps_of
+from pipeline.report.data import sample_rows, steps_of
 
 
 class Page(HTMLParser):

@@ -4,17 +4,16 @@ The plan put the rows in random order, so the first fetch units are a random sam
 and pictures are taken from those, and the report's cost does not grow with the dataset.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.errors import RequestError
-from cluster.journal import Journal, Marker
-from cluster.report import image_url
+from cluster.journal import Journal
 from cluster.store import Store
 from pipeline.generations import all_markers, record_markers
 from pipeline.manifest import Manifest
@@ -22,15 +21,16 @@ from pipeline.reasons import Reason, sentence
 from pipeline.record import REPEATED_PAIR
 from pipeline.selection import read_table
 
+TEMPLATES = Path(__file__).parent / "templates"
 MAX_ROWS = 200_000
-THUMBNAIL_PX = 176
-PHASES = {
-    "plan-order": "before the download",
-    "fetch": "download",
-    "decide": "rules on images",
-    "dedup": "duplicates",
-}
-DUPLICATES = (Reason.DUPLICATE_BYTES, Reason.DUPLICATE_URL, Reason.DUPLICATE_PAIR, Reason.NEAR_DUPLICATE)
+BEFORE, DOWNLOAD, IMAGES, DUPLICATES, BALANCE = PHASES = (
+    "before the download",
+    "download",
+    "rules on images",
+    "duplicates",
+    "balance",
+)
+_COUNTED = {"decide": IMAGES, "fetch": DOWNLOAD, "plan-order": BEFORE}
 _COLUMNS = (
     "uid",
     "url",
@@ -43,6 +43,7 @@ _COLUMNS = (
     "threshold",
     "detail",
     "duplicate_of",
+    "generation",
     "key",
     "http_status",
     "attempts",
@@ -67,19 +68,27 @@ class Step:
     num_left: int
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """The rows of some whole fetch units: their record, and where their pictures are."""
+    """The records of the first fetch units.
+
+    units: their ids. starts: where the rows of each begin. is_all: whether there are no further ones.
+    """
 
     rows: pa.Table
-    pictures: dict[str, tuple[str, int, int]] = field(default_factory=dict)
-    """uid -> (tar, offset, size) of every downloaded image of the sample"""
+    units: tuple[str, ...]
+    starts: tuple[int, ...]
     is_all: bool = True
 
+    def place(self, index: int) -> tuple[int, int]:
+        """(number of the fetch unit, row in it) of a row."""
+        unit = bisect_right(self.starts, index) - 1
+        return unit, index - self.starts[unit]
+
     def row(self, index: int) -> dict[str, Any]:
-        """One row as Python values."""
+        """One row as Python values, with the id of its fetch unit as `unit` and its number here as `index`."""
         values: dict[str, Any] = self.rows.slice(index, 1).to_pylist()[0]
-        return values
+        return {**values, "unit": self.units[self.place(index)[0]], "index": index}
 
     def row_of(self, uid: str) -> dict[str, Any] | None:
         """The row of a uid, if it is in the sample."""
@@ -90,13 +99,25 @@ class Sampled:
         values: list[Any] = self.rows.column(name).to_pylist()
         return values
 
+    def find(self, status: str, reason: str | None = None) -> list[int]:
+        """The numbers of the rows with a status and, if given, a reason."""
+        wanted = pc.equal(self.rows.column("status"), status)
+        if reason is not None:
+            wanted = pc.and_kleene(wanted, pc.equal(self.rows.column("reason"), reason))
+        places: list[int] = pc.indices_nonzero(wanted).to_pylist()
+        return places
+
+    @property
+    def kept(self) -> pa.Table:
+        """The rows of samples."""
+        return self.rows.filter(pc.field("status") == "kept")
+
 
 def steps_of(store: Store, manifest: Manifest) -> list[Step]:
     """The drops in the order in which they happen, largest first inside a phase."""
     phase_of = _phases(Journal(store))
-    order = [*PHASES.values(), ""]
     dropped = [
-        (order.index(phase_of.get(reason, "duplicates")), -number, reason)
+        (PHASES.index(phase_of.get(reason, DUPLICATES)), -number, reason)
         for reason, number in manifest.counts.items()
         if reason != "kept"
     ]
@@ -106,7 +127,7 @@ def steps_of(store: Store, manifest: Manifest) -> list[Step]:
         steps.append(
             Step(
                 reason=reason,
-                phase=phase_of.get(reason, "duplicates"),
+                phase=phase_of.get(reason, DUPLICATES),
                 meaning=meaning(reason),
                 num_rows=-negative,
                 num_left=left,
@@ -124,63 +145,32 @@ def meaning(reason: str) -> str:
 
 def sample_rows(store: Store, max_rows: int = MAX_ROWS) -> Sampled:
     """The records of the first fetch units, at least one, up to about `max_rows` rows."""
-    journal = Journal(store)
-    recorded, fetched = record_markers(journal), all_markers(journal, "fetch")
+    recorded = record_markers(Journal(store))
     if not recorded:
         raise RequestError(f"{store.url}: a report is made from journal/ and record/, and journal/record/ is not there")
     tables: list[pa.Table] = []
+    starts = [0]
     for marker in recorded.values():
-        if tables and sum(table.num_rows for table in tables) >= max_rows:
+        if tables and starts[-1] >= max_rows:
             break
-        tables.append(read_table(store, marker.path_of("record.parquet"), _COLUMNS))
-    rows, units = pa.concat_tables(tables), list(recorded)[: len(tables)]
-    pictures: dict[str, tuple[str, int, int]] = {}
-    for marker in fetched:
-        is_repair = marker.stage != "fetch"
-        if marker.unit in units or (is_repair and len(pictures) < rows.num_rows):
-            pictures |= dict(_pictures(store, marker))
-    return Sampled(rows=rows, pictures=pictures, is_all=len(tables) == len(recorded))
+        tables.append(read_record(store, marker.path_of("record.parquet")))
+        starts.append(starts[-1] + tables[-1].num_rows)
+    units = tuple(recorded)[: len(tables)]
+    rows = pa.concat_tables(tables)
+    return Sampled(rows=rows, units=units, starts=tuple(starts[:-1]), is_all=len(units) == len(recorded))
 
 
-def thumbnail(store: Store, sampled: Sampled, uid: str) -> str:
-    """A small JPEG of a sampled pair's image as a data: URL; "" if there is none to show."""
-    place = sampled.pictures.get(uid)
-    if place is None:
-        return ""
-    try:
-        data = store.read_range(*place)
-    except FileNotFoundError:  # the downloaded images of a finished build may be removed
-        return ""
-    if not data:
-        return ""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if pixels is None:
-        return ""
-    scale = THUMBNAIL_PX / max(pixels.shape[:2])
-    if scale < 1:
-        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    done, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 82])
-    return image_url(encoded.tobytes()) if done else ""
-
-
-def _pictures(store: Store, fetched: Marker) -> Iterator[tuple[str, tuple[str, int, int]]]:
-    tar = fetched.path_of("images.tar")
-    try:
-        table = read_table(store, fetched.path_of("rows.parquet"), ["uid", "image_offset", "image_size"])
-    except FileNotFoundError:
-        return
-    for row in table.to_pylist():
-        if row["image_size"]:
-            yield row["uid"], (tar, row["image_offset"], row["image_size"])
+def read_record(store: Store, path: str) -> pa.Table:
+    """What a report tells of the pairs of one fetch unit."""
+    return read_table(store, path, _COLUMNS)
 
 
 def _phases(journal: Journal) -> dict[str, str]:
     """Which phase each reason belongs to: the first stage whose markers count it."""
-    phases: dict[str, str] = dict.fromkeys((*map(str, DUPLICATES), REPEATED_PAIR), PHASES["dedup"])
-    for stage in ("decide", "fetch", "plan-order"):
+    phases: dict[str, str] = {str(Reason.BALANCED_OUT): BALANCE, REPEATED_PAIR: DUPLICATES}
+    for stage, phase in _COUNTED.items():
         for marker in all_markers(journal, stage):
             for name in marker.counts:
                 if name.startswith("reason:"):
-                    phases[name.removeprefix("reason:")] = PHASES[stage]
+                    phases[name.removeprefix("reason:")] = phase
     return phases

@@ -1,10 +1,8 @@
-"""`OUT/report/index.html`: what is in a dataset, what is not, and why, on one page that needs no network."""
+"""The page and its sections, in order."""
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -19,52 +17,25 @@ from pipeline.config import BuildConfig
 from pipeline.downloads import Tally, Totals, size_text, status_name, tally_downloads
 from pipeline.generations import all_markers
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.reasons import Reason
-from pipeline.report_data import (
-    Sampled,
-    Step,
-    meaning,
-    sample_rows,
-    steps_of,
-    thumbnail,
-)
-from pipeline.report_figures import histograms_html
+from pipeline.report.curation import balance_html, evaluation_html, overlap_html
+from pipeline.report.data import TEMPLATES, Sampled, Step, sample_rows, steps_of
+from pipeline.report.dropped import dropped_html
+from pipeline.report.duplicates import Twins
+from pipeline.report.figures import bars_html, histograms_html
+from pipeline.report.pictures import Album
+from pipeline.report.semantic_map import map_html
 from pipeline.timings import images_per_s, read_timings
 
 REPORT_FILE = "report/index.html"
 NUM_KEPT_SHOWN = 32
-NUM_DROPPED_SHOWN = 6
-MAX_CAPTION_CHARS = 160
-STAGES = ("plan-read", "plan-order", "fetch", "decide", "exact-keys", "exact-drops", "exact-units", "pack", "record")
-_TEMPLATES = environment(Path(__file__).parent / "templates")
+STAGES = ("plan-read", "plan-order", "fetch", "decide", "pack", "record")
+_TEMPLATES = environment(TEMPLATES)
 
 
 class ReportConfig(Config):
     """`pairmill report OUT`."""
 
     dataset: str = key(REQUIRED, "folder or URL of a finished dataset", min_length=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A pair to show: `image` is a data: URL, or empty when there is no image."""
-
-    image: str
-    caption: str
-    note: str
-    url: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class DropGroup:
-    """Examples of one reason: side by side with the kept sample, as pictures, or as text."""
-
-    reason: str
-    meaning: str
-    num_rows: int
-    pairs: tuple[tuple[Picture, Picture], ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    rows: tuple[Picture, ...] = ()
 
 
 def report_command(config: ReportConfig) -> int:
@@ -86,17 +57,23 @@ def write_report(store: Store) -> None:
 
 def dataset_sections(store: Store, manifest: Manifest) -> list[Section]:
     """Every section of the page, in order."""
-    sampled, steps = sample_rows(store), steps_of(store, manifest)
-    return [
-        Section(title="Totals", html=_totals(store, manifest)),
-        Section(title="What became of every row", html=_funnel(manifest, steps)),
-        Section(title="Kept samples", html=_kept(store, sampled)),
-        Section(title="Dropped pairs", html=_dropped(store, sampled, steps)),
-        Section(title="Distributions", html=_note(sampled, "kept samples") + histograms_html(sampled)),
-        Section(title="Downloads", html=_downloads(store, sampled)),
-        Section(title="Speed", html=_speed(store)),
-        Section(title="Settings", html=_settings(store, manifest)),
-    ]
+    sampled, steps, album = sample_rows(store), steps_of(store, manifest), Album(store)
+    twins = Twins(store=store, sampled=sampled)
+    sections = {
+        "Totals": _totals(store, manifest),
+        "What became of every row": _funnel(manifest, steps),
+        "Kept samples": _kept(album, sampled),
+        "Map": map_html(store, album, sampled),
+        "Dropped pairs": _note(sampled, "pairs") + dropped_html(album, twins, steps),
+        "Overlap of rules": overlap_html(store),
+        "Evaluation sets": evaluation_html(album, sampled, manifest),
+        "Balance": balance_html(store),
+        "Distributions": _note(sampled, "pairs") + histograms_html(sampled) + bars_html(store, sampled, manifest),
+        "Downloads": _downloads(store, sampled),
+        "Speed": _speed(store),
+        "Settings": _settings(store, manifest),
+    }
+    return [Section(title=title, html=html) for title, html in sections.items() if html]
 
 
 def _totals(store: Store, manifest: Manifest) -> str:
@@ -129,44 +106,12 @@ def _funnel(manifest: Manifest, steps: list[Step]) -> str:
     )
 
 
-def _kept(store: Store, sampled: Sampled) -> str:
-    rows = _head(sampled, NUM_KEPT_SHOWN, "kept")
-    pictures = [picture for row in rows if (picture := _picture(store, sampled, row, _size_note(row))).image]
+def _kept(album: Album, sampled: Sampled) -> str:
+    rows = [sampled.row(index) for index in sampled.find("kept")[:NUM_KEPT_SHOWN]]
+    pictures = [picture for row in rows if (picture := album.picture(row, _size_note(row))).image]
     if not pictures:
         return '<p class="quiet">The downloaded images are not in work/ any more; see the shards.</p>'
     return _TEMPLATES.get_template("pictures.html").render(pictures=pictures)
-
-
-def _dropped(store: Store, sampled: Sampled, steps: Iterable[Step]) -> str:
-    groups = []
-    for step in steps:
-        rows = _head(sampled, NUM_DROPPED_SHOWN, "dropped", step.reason)
-        if rows:
-            groups.append(_group(store, sampled, step, rows))
-    if not groups:
-        return "<p>Nothing was dropped.</p>"
-    return _TEMPLATES.get_template("dropped.html").render(groups=groups)
-
-
-def _group(store: Store, sampled: Sampled, step: Step, rows: list[dict[str, Any]]) -> DropGroup:
-    pictures = [_picture(store, sampled, row, _why(row)) for row in rows]
-    pairs = []
-    if step.reason == Reason.DUPLICATE_BYTES:
-        for row, picture in zip(rows, pictures, strict=True):
-            twin = sampled.row_of(row["duplicate_of"])
-            if twin and picture.image:
-                kept = _picture(store, sampled, twin, twin["url"])
-                pairs.append((_picture(store, sampled, row, row["url"]), kept))
-    shown = tuple(picture for picture in pictures if picture.image) if not pairs else ()
-    text = () if shown or pairs else tuple(pictures)
-    return DropGroup(
-        reason=step.reason,
-        meaning=meaning(step.reason),
-        num_rows=step.num_rows,
-        pairs=tuple(pairs),
-        pictures=shown,
-        rows=text,
-    )
 
 
 def _downloads(store: Store, sampled: Sampled) -> str:
@@ -242,34 +187,6 @@ def _settings(store: Store, manifest: Manifest) -> str:
         + table_html(["at its default", "value"], [(name, _code(value)) for name, value in left])
         + "</div></div>"
     )
-
-
-def _head(sampled: Sampled, count: int, status: str, reason: str | None = None) -> list[dict[str, Any]]:
-    """The first rows of the sample with a status and, if given, a reason."""
-    found = []
-    for index, (row_status, row_reason) in enumerate(
-        zip(sampled.column("status"), sampled.column("reason"), strict=True)
-    ):
-        if row_status == status and (reason is None or row_reason == reason):
-            found.append(sampled.row(index))
-            if len(found) == count:
-                break
-    return found
-
-
-def _picture(store: Store, sampled: Sampled, row: dict[str, Any], note: str) -> Picture:
-    caption = row["caption"]
-    if len(caption) > MAX_CAPTION_CHARS:
-        caption = caption[: MAX_CAPTION_CHARS - 1] + "…"
-    return Picture(image=thumbnail(store, sampled, row["uid"]), caption=caption, note=note, url=row["url"] or "")
-
-
-def _why(row: dict[str, Any]) -> str:
-    """What was measured, for a dropped pair."""
-    if row["rule"] and row["score"] is not None:
-        limit = "" if row["threshold"] is None else f", limit {row['threshold']:.4g}"
-        return f"{row['rule']}: {row['score']:.4g}{limit}"
-    return str(row["detail"] or "")
 
 
 def _size_note(row: dict[str, Any]) -> str:

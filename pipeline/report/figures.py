@@ -1,22 +1,31 @@
 """The histograms of a dataset's report."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from cluster.journal import Journal
 from cluster.report import PALETTE, figure_html, new_figure
-from pipeline.report_data import Sampled
+from cluster.store import Store
+from pipeline.manifest import Manifest
+from pipeline.report.data import Sampled
 
 NUM_BINS = 40
+NUM_BARS = 15
+MAX_NAME_CHARS = 32
 Numbers = NDArray[np.float64]
 
 
 def histograms_html(sampled: Sampled) -> str:
     """Sizes, aspect ratios, bytes, caption lengths and sharpness of the sampled pairs that were kept."""
-    kept = sampled.rows.filter(_is_kept(sampled))
+    kept = sampled.kept
     width, height = _numbers(kept.column("original_width")), _numbers(kept.column("original_height"))
     captions = np.array([len(text) for text in kept.column("caption").to_pylist()], np.float64)
     words = np.array([len(text.split()) for text in kept.column("caption").to_pylist()], np.float64)
@@ -56,6 +65,58 @@ def histogram(title: str, unit: str, series: Sequence[tuple[str, Numbers]], *, l
     return figure_html(figure, alt=f"{title}, {unit}")
 
 
+def bars_html(store: Store, sampled: Sampled, manifest: Manifest) -> str:
+    """Hosts of the sampled pairs that were kept, and the languages of all captions if they were told."""
+    hosts = Counter(host_of(url) for url in sampled.kept.column("url").to_pylist())
+    figures = [bars("Hosts of kept samples", hosts.most_common(NUM_BARS), hosts.total())]
+    if languages := count_languages(store, sampled, manifest):
+        figures.append(bars("Languages of captions", languages.most_common(NUM_BARS), languages.total()))
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def host_of(url: str | None) -> str:
+    """The host of a URL, "" if it has none."""
+    try:
+        return urlsplit(url or "").hostname or ""
+    except ValueError:
+        return ""
+
+
+def count_languages(store: Store, sampled: Sampled, manifest: Manifest) -> Counter[str]:
+    """Pairs by the language that the rule curate.languages has told, kept or not; empty without that rule."""
+    counts: Counter[str] = Counter()
+    if not manifest.config.get("curate.languages"):
+        return counts
+    markers = Journal(store).markers("plan-order")
+    for unit in sampled.units:
+        planned, _, group = unit.partition("-")
+        try:
+            with store.open(markers[planned].path_of("decisions.parquet")) as file:
+                table = pq.ParquetFile(file).read_row_group(int(group), columns=["rule", "detail"])
+        except (KeyError, FileNotFoundError, ValueError):  # work/ may be removed; units of an import have other names
+            continue
+        told = table.filter(pc.field("rule") == "curate.languages").column("detail").drop_null().to_pylist()
+        counts.update(detail.removeprefix("language ") for detail in told)
+    return counts
+
+
+def bars(title: str, counts: Sequence[tuple[str, int]], total: int) -> str:
+    """Horizontal bars, the largest at the top, each with its share of `total`."""
+    figure, axes = new_figure(4.4, 0.7 + 0.22 * max(3, len(counts)))
+    names = [name if len(name) <= MAX_NAME_CHARS else f"{name[: MAX_NAME_CHARS - 1]}…" for name, _ in counts]
+    numbers = [number for _, number in counts]
+    axes.barh(range(len(counts)), numbers, color=PALETTE[0], alpha=0.75)
+    for place, number in enumerate(numbers):
+        axes.text(number, place, f" {number / max(1, total):.1%}", va="center", fontsize=8)
+    axes.set_yticks(range(len(counts)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set_title(title)
+    axes.set_xlabel("pairs")
+    return figure_html(figure, alt=title)
+
+
 def _edges(values: Numbers, log: bool) -> Numbers:
     low, high = (float(edge) for edge in np.quantile(values, [0.005, 0.995])) if len(values) else (0.0, 1.0)
     if log:
@@ -77,10 +138,6 @@ def _plain_number(value: float, place: int | None) -> str:
 def _one_two_five(value: float, place: int | None) -> str:
     """Labels for a wide logarithmic axis: there is no room for every digit."""
     return _plain_number(value, place) if f"{value:e}"[0] in "125" else ""
-
-
-def _is_kept(sampled: Sampled) -> Any:
-    return np.array([status == "kept" for status in sampled.column("status")], bool)
 
 
 def _numbers(column: Any) -> Numbers:
