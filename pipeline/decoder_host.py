@@ -1,6 +1,7 @@
-"""The host of the decoding processes: `python -m pipeline.decoder_host SETTINGS SOCKET [SOCKET ...]`.
+"""The host of the decoding processes: `python -m pipeline.decoder_host SETTINGS MEMORY SOCKET [SOCKET ...]`.
 
-SETTINGS is an ImageConfig as JSON; the others are numbers of open sockets, one for each child. The host imports the
+SETTINGS is an ImageConfig as JSON; the others are numbers of open files: memory to share (pipeline.messages) and
+sockets, one for each child. The host imports the
 decoders, forks the children and waits. A child reads a body, decodes it and replies, one after the other, until its
 socket is closed; it has a limit of memory, and one of processor time for each image. When a child dies while it
 decodes, the host replies in its place and forks another. When one dies at any other moment, the host ends and all with
@@ -16,6 +17,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -38,12 +40,13 @@ _PR_SET_PDEATHSIG = 1
 def main(arguments: Sequence[str]) -> int:
     """0 when all sockets were closed, 1 when a child died while it was not decoding."""
     config = cast("ImageConfig", SimpleNamespace(**json.loads(arguments[0])))
-    askers = [socket.socket(fileno=int(argument)) for argument in arguments[1:]]
+    memory = mmap.mmap(int(arguments[1]), 0)
+    askers = [socket.socket(fileno=int(argument)) for argument in arguments[2:]]
     states = mmap.mmap(-1, len(askers))  # shared with the children
     if config.exif:
         import pipeline.exif  # noqa: F401  loaded before the children are forked
     gc.freeze()
-    slot_of = {_fork(slot, askers, states, config): slot for slot in range(len(askers))}
+    slot_of = {_fork(slot, askers, memory, states, config): slot for slot in range(len(askers))}
     os.write(1, b"ready\n")
     while slot_of:
         pid, status = os.wait()
@@ -54,19 +57,20 @@ def main(arguments: Sequence[str]) -> int:
             return 1
         states[slot] = IDLE
         refusal = {"reason": Reason.DECODER_CRASHED.value, "detail": _cause(status)}
-        send(askers[slot], json.dumps(refusal).encode(), b"")
-        slot_of[_fork(slot, askers, states, config)] = slot
+        send(askers[slot], memory, 0, json.dumps(refusal).encode(), b"")
+        slot_of[_fork(slot, askers, memory, states, config)] = slot
     return 0
 
 
-def serve(asker: socket.socket, states: mmap.mmap, slot: int, config: "ImageConfig") -> None:
+def serve(asker: socket.socket, memory: mmap.mmap, states: mmap.mmap, slot: int, config: "ImageConfig") -> None:
     """Decode what comes until the other side is gone."""
+    allowed_at = -1
     while True:
         try:
-            boxes, body = receive(asker)
+            shelf, boxes, body = receive(asker, memory)
         except (EOFError, OSError):
             return
-        _allow_seconds(config.decode_timeout_s)
+        allowed_at = _allow_seconds(config.decode_timeout_s, allowed_at)
         states[slot] = DECODING
         try:
             processed = process(body, config, json.loads(boxes))
@@ -75,12 +79,14 @@ def serve(asker: socket.socket, states: mmap.mmap, slot: int, config: "ImageConf
             told, data = {"reason": refusal.reason.value, "detail": refusal.detail}, b""
         states[slot] = IDLE
         try:
-            send(asker, json.dumps(told).encode(), data)
+            send(asker, memory, shelf, json.dumps(told).encode(), data)
         except OSError:
             return
 
 
-def _fork(slot: int, askers: Sequence[socket.socket], states: mmap.mmap, config: "ImageConfig") -> int:
+def _fork(
+    slot: int, askers: Sequence[socket.socket], memory: mmap.mmap, states: mmap.mmap, config: "ImageConfig"
+) -> int:
     host = os.getpid()
     pid = os.fork()
     if pid:
@@ -93,7 +99,7 @@ def _fork(slot: int, askers: Sequence[socket.socket], states: mmap.mmap, config:
         os.dup2(nowhere, 2)  # libraries complain there of every damaged file
         _limit_memory(config.max_pixels * BYTES_PER_PIXEL + SPARE_BYTES)
         if os.getppid() == host:
-            serve(askers[slot], states, slot, config)
+            serve(askers[slot], memory, states, slot, config)
             status = 0
     finally:
         os._exit(status)
@@ -109,11 +115,16 @@ def _limit_memory(size_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _allow_seconds(seconds: int) -> None:
-    """Have the system end this process (SIGXCPU) after so much more of processor time."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (_at_most(int(used.ru_utime + used.ru_stime) + 1 + seconds, most), most))
+def _allow_seconds(seconds: int, allowed_at: int = -1) -> int:
+    """Have the system end this process (SIGXCPU) after so much more of processor time, in whole seconds.
+
+    Returns those used up; if they are `allowed_at`, the limit is there already.
+    """
+    used = int(time.process_time())
+    if used != allowed_at:
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (_at_most(used + 1 + seconds, most), most))
+    return used
 
 
 def _at_most(wanted: int, most: int) -> int:

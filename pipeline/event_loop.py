@@ -30,6 +30,7 @@ class EventLoop:
         self._epoll = select.epoll()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wakeup, select.EPOLLIN)
+        self._others: set[int] = set()
         self._due: float | None = None
 
     def add(self, curl: pycurl.Curl) -> None:
@@ -39,6 +40,11 @@ class EventLoop:
         """Take a handle out; one that was never added (an interrupt came in between) is fine."""
         with contextlib.suppress(pycurl.error):
             self._multi.remove_handle(curl)
+
+    def watch(self, descriptor: int) -> None:
+        """Let `step` also end when there is something to read there."""
+        self._others.add(descriptor)
+        self._epoll.register(descriptor, select.EPOLLIN)
 
     def wake(self) -> None:
         """End the wait of `step`, now or at its next call. May be called from any thread until `close`."""
@@ -51,6 +57,8 @@ class EventLoop:
         for descriptor, event in self._epoll.poll(timeout_s):
             if descriptor == self._wakeup:
                 os.eventfd_read(self._wakeup)
+                continue
+            if descriptor in self._others:
                 continue
             ready = (pycurl.CSELECT_IN if event & ~select.EPOLLOUT else 0) | (
                 pycurl.CSELECT_OUT if event & ~select.EPOLLIN else 0

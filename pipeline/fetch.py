@@ -28,6 +28,7 @@ FETCHED columns: uid, order, url, caption, num_rows as in the plan (pipeline.pla
     sharpness        float    variance of the encoded image's Laplacian (pipeline.signals)
     image_offset     int64    where the image's bytes begin in images.tar
     image_size       int64    their number
+    imported_from    string   the file that the image came from; null for those that were downloaded
     attempts         int32    times that the URL was asked for, 0 for rows that were not downloaded
     received_bytes   int64    of all attempts' bodies, as they came over the network
     dns_seconds, connect_seconds, tls_seconds   float   of the last request; 0 on a connection that was open
@@ -46,8 +47,7 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -61,17 +61,18 @@ from pipeline.admission import admission_of
 from pipeline.claims import Claims
 from pipeline.config import BuildConfig, ColumnsConfig, FetchConfig, HashName, ImageConfig
 from pipeline.http import Downloader
-from pipeline.isolate import Decoders, lease_decoders
+from pipeline.imports import import_images, to_download
+from pipeline.isolate import lease_decoders
 from pipeline.job import Response
 from pipeline.ledgers import Ledgers
-from pipeline.picture import ImageError, Processed
+from pipeline.picture import Boxes, ImageError, Processed
 from pipeline.plan import PLANNED
+from pipeline.readers import IMPORT
 from pipeline.tar import TarWriter
-from pipeline.workers import Workers
 
 POLL_S = 1.0
 BACKLOG = 64
-"""Bodies that wait for a decoder: with so many, no download begins."""
+"""Bodies that wait for a decoder: with so many, no download begins until half of them are done."""
 
 FETCHED = pa.schema(
     [
@@ -102,6 +103,7 @@ FETCHED = pa.schema(
         pa.field("sharpness", pa.float32()),
         pa.field("image_offset", pa.int64()),
         pa.field("image_size", pa.int64()),
+        pa.field("imported_from", pa.string()),
         pa.field("attempts", pa.int32()),
         pa.field("received_bytes", pa.int64()),
         pa.field("dns_seconds", pa.float32()),
@@ -168,7 +170,20 @@ class FetchStage:
             output.count(name, number)
 
     def fetch_rows(self, planned: pa.Table, tar: TarWriter) -> "list[Outcome]":
-        """Fetch planned rows; kept images go to the tar. One outcome a row, in their order."""
+        """Fetch planned rows, or read their images where they are imported; kept ones go to the tar.
+
+        One outcome a row, in their order.
+        """
+        outcomes = self._download(to_download(planned), tar)
+        claims = Claims.of(planned, self.columns, None) if self.columns is not None else Claims()
+        uids = planned["uid"].to_pylist()
+        for index, outcome, processed in import_images(planned, self.store, self.fetch, self.image, claims):
+            if processed is not None:
+                outcome["image_offset"] = tar.add(f"{uids[index]}.{self.image.format}", processed.data)
+            outcomes[index] = outcome
+        return outcomes
+
+    def _download(self, planned: pa.Table, tar: TarWriter) -> "list[Outcome]":
         if self.fetch.engine == "img2dataset":
             from pipeline import img2dataset_engine  # here, as few need it
 
@@ -208,7 +223,7 @@ def fetch_rows(
     urls, reasons, uids = (planned[name].to_pylist() for name in ("url", "reason", "uid"))
     wanted = [(index, urls[index]) for index, reason in enumerate(reasons) if reason is None]
     claims = Claims.of(planned, columns, fetch.verify_hash) if columns is not None else Claims()
-    for index, outcome, processed in _fetch(wanted, fetch, image, ledgers, claims):
+    for index, outcome, processed in _fetch(wanted, fetch, image, ledgers, claims) if wanted else ():
         if processed is not None:
             outcome["image_offset"] = tar.add(f"{uids[index]}.{image.format}", processed.data)
         outcomes[index] = outcome
@@ -223,48 +238,54 @@ def _fetch(
     """Outcomes as they come. The network and the decoders work side by side and share one limit of memory."""
     limit_bytes = fetch.memory_mib * 2**20 // 4
     waiting_bytes = 0
+    may_start = True
     with (
         contextlib.closing(admission_of(fetch, ledgers)) as admission,
         Downloader(fetch, admission) as downloader,
         lease_decoders(fetch.decode_threads, image) as decoders,
-        Workers(
-            fetch.decode_threads, partial(_outcome, decoders, fetch.compute_hash, claims), downloader.wake
-        ) as workers,
     ):
+        downloader.watch(decoders.descriptor)
         for index, url in wanted:
             downloader.submit(index, url)
-        while downloader.num_open or workers.num_open:
-            may_start = workers.num_open < BACKLOG
+        while downloader.num_open or decoders.num_open:
+            may_start = decoders.num_open < (BACKLOG if may_start else BACKLOG // 2)
             for response in downloader.poll(POLL_S, limit_bytes - waiting_bytes, may_start=may_start):
-                workers.give(response)
-                waiting_bytes += len(response.body)
-            for size_bytes, outcome, processed in workers.take():
-                waiting_bytes -= size_bytes
-                yield outcome.pop("index"), outcome, processed
+                outcome, boxes = _outcome(response, fetch.compute_hash, claims)
+                if outcome["reason"] is None:
+                    waiting_bytes += outcome["size_bytes"]
+                    decoders.give(outcome, response.body, boxes)
+                else:
+                    yield outcome.pop("index"), outcome, None
+            for outcome, result in decoders.take():
+                waiting_bytes -= outcome["size_bytes"]
+                yield outcome.pop("index"), outcome, _decoded(outcome, result, image.format)
 
 
-def _outcome(
-    decoders: Decoders, compute_hash: HashName, claims: Claims, response: Response
-) -> tuple[int, Outcome, Processed | None]:
-    """The body's size and what the response comes to, decoded and encoded if it can be. Runs in a decoder thread."""
-    outcome: Outcome = {field.name: getattr(response, field.name) for field in fields(response)}
+def _outcome(response: Response, compute_hash: HashName, claims: Claims) -> tuple[Outcome, Boxes]:
+    """What is known before the body is decoded, and what is to be blurred in it. A reason ends it here."""
+    outcome: Outcome = vars(response) | {"status": "dropped"}
     body: bytes = outcome.pop("body")
-    outcome["status"] = "dropped"
     if response.reason is not None:
-        return len(body), outcome, None
+        return outcome, []
     outcome["size_bytes"], outcome["sha256"] = len(body), hashlib.sha256(body).hexdigest()
     if compute_hash != "sha256":
         outcome[compute_hash] = hashlib.new(compute_hash, body).hexdigest()
     try:
         claims.check_hash(response.index, body)
-        processed = decoders.process(body, claims.boxes_of(response.index))
+        return outcome, claims.boxes_of(response.index)
     except ImageError as refusal:
         outcome["reason"], outcome["detail"] = refusal.reason.value, refusal.detail
-        return len(body), outcome, None
-    told = {name: value for name, value in vars(processed).items() if name != "data"}
-    image_format = decoders.config.format
-    outcome |= told | {"status": "ok", "image_format": image_format, "image_size": len(processed.data)}
-    return len(body), outcome, processed
+        return outcome, []
+
+
+def _decoded(outcome: Outcome, result: Processed | ImageError, image_format: str) -> Processed | None:
+    """Add to an outcome what the decoder made of the body; returns the image, if it is one."""
+    if isinstance(result, ImageError):
+        outcome["reason"], outcome["detail"] = result.reason.value, result.detail
+        return None
+    outcome |= vars(result) | {"status": "ok", "image_format": image_format, "image_size": len(result.data)}
+    del outcome["data"]
+    return result
 
 
 def _with_outcomes(planned: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
@@ -278,6 +299,6 @@ def _with_outcomes(planned: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
             columns[field.name] = pc.coalesce(planned[field.name], pa.array(values, field.type))
         else:
             columns[field.name] = planned[field.name]
-    extras = [field for field in planned.schema if field.name not in PLANNED.names]
+    extras = [field for field in planned.schema if field.name not in (*PLANNED.names, *IMPORT.names)]
     columns |= {field.name: planned[field.name] for field in extras}
     return pa.table(columns, schema=pa.schema([*FETCHED, *extras]))

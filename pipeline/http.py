@@ -35,7 +35,7 @@ NEEDED_MAX_BYTES = 2**19
 
 
 class Downloader:
-    """Submit URLs, then `poll` until `num_open` is 0. Not thread-safe but for `wake`; close it, or use it in `with`."""
+    """Submit URLs, then `poll` until `num_open` is 0. Not thread-safe; close it, or use it in `with`."""
 
     def __init__(self, config: FetchConfig, admission: Admission | None = None) -> None:
         self._config = config
@@ -73,9 +73,9 @@ class Downloader:
         if self._aim(job, url):
             self._schedule.ready.append(job)
 
-    def wake(self) -> None:
-        """End the wait of `poll`, now or at its next call. May be called from any thread until `close`."""
-        self._loop.wake()
+    def watch(self, descriptor: int) -> None:
+        """Let `poll` also return when there is something to read at a descriptor."""
+        self._loop.watch(descriptor)
 
     def poll(self, timeout_s: float, limit_bytes: int, *, may_start: bool = True) -> list[Response]:
         """Go on for at most `timeout_s` or until something happens; returns what ended.

@@ -1,45 +1,33 @@
 """Decoding in child processes, so that a decoder that crashes, hangs or takes all memory costs one image.
 
 Every body comes from strangers, and image libraries have had memory errors in every format, JPEG included, so all of
-it happens there. A host process imports the decoders once and forks one child a thread; see `pipeline.decoder_host`.
-A child that dies while it decodes is forked anew in milliseconds, and the image it died of is refused with
-`decoder_crashed`. Bodies and results pass through sockets (docs/images.md: what that costs).
+it happens there. A host process imports the decoders once and forks the children; see `pipeline.decoder_host`. A child
+that dies while it decodes is forked anew in milliseconds, and the image it died of is refused with `decoder_crashed`.
+
+Bodies and results pass through shared memory, and a few words of each through sockets that an event loop watches beside
+its own: nobody waits for a child, and a child finds its next body there when it has replied.
 """
 
 import atexit
 import contextlib
-import json
 import logging
-import os
 import select
-import socket
-import struct
-import subprocess
-import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
-from queue import SimpleQueue
 from typing import Any
 
 from cluster.errors import RunError
 from pipeline.config import ImageConfig
-from pipeline.messages import receive, send
-from pipeline.picture import Boxes, ImageError, Processed
+from pipeline.decoder_link import DEPTH, Host, Result, Task
+from pipeline.picture import Boxes, ImageError
 from pipeline.reasons import Reason
 
 log = logging.getLogger(__name__)
 
-BUFFER_BYTES = 2**20
-START_TIMEOUT_S = 120
-WAIT_FACTOR = 6
-"""How many times its processor time an image may take by the clock: a loaded machine is no reason to refuse it."""
-
-_SETTINGS = {
-    "OPENBLAS_NUM_THREADS": "1",
-    # Give images' memory back to the heap, not to the system: 50 page faults an image less.
-    "MALLOC_MMAP_THRESHOLD_": str(2**26),
-    "MALLOC_TRIM_THRESHOLD_": str(2**26),
-}
+MOST_LOST = 4
+"""So many times in a row the host may end without a result in between. Then it is not the images."""
 
 _idle: list["Decoders"] = []
 _idle_lock = threading.Lock()
@@ -72,125 +60,90 @@ def close_idle() -> None:
 
 
 class Decoders:
-    """`number` decoding processes. `process` may be called from so many threads at once; further ones wait."""
+    """`number` decoding processes: `give` bodies, and `take` results when `descriptor` is readable, or once a second.
+
+    Results come in any order. Not thread-safe. The processes start with the first body.
+    """
 
     def __init__(self, number: int, config: ImageConfig) -> None:
         self.number = number
         self.config = config
-        self._lock = threading.Lock()
-        self._host: _Host | None = None
-        self._slots: SimpleQueue[int] = SimpleQueue()
-        for slot in range(number):
-            self._slots.put(slot)
+        self._epoll = select.epoll()
+        self._host: Host | None = None
+        self._waiting: deque[Task] = deque()
+        self._refused: list[Result] = []
+        self._num_lost = 0
+        """How often in a row the host has ended without a result in between."""
+        self.num_open = 0
+        """Bodies given whose results have not been taken."""
 
-    def process(self, body: bytes, boxes: Boxes | None = None) -> Processed:
-        """`pipeline.images.process` in another process. Raises ImageError, and RunError if none can be started."""
-        slot = self._slots.get()
-        try:
-            for _ in range(2):
-                host = self._running()
-                try:
-                    told, data = host.ask(slot, body, boxes or [])
-                except _HostLostError:  # not this image's fault: it, or another, was being handed over
-                    self._give_up(host)
-                    continue
-                except TimeoutError:
-                    self._give_up(host)
-                    raise ImageError(Reason.DECODER_CRASHED, "took too long") from None
-                if "reason" in told:
-                    raise ImageError(Reason(told["reason"]), told["detail"])
-                return Processed(data=data, **told)
-        finally:
-            self._slots.put(slot)
-        raise ImageError(Reason.DECODER_CRASHED, "the decoding processes ended twice")
+    @property
+    def descriptor(self) -> int:
+        """What to watch: readable when there is something to do for `take`."""
+        return self._epoll.fileno()
+
+    def give(self, token: Any, body: bytes, boxes: Boxes | None = None) -> None:
+        """Have `pipeline.images.process` done in another process; the result carries the same token."""
+        self.num_open += 1
+        self._waiting.append(Task(token, body, boxes or []))
+        self._hand_out()
+
+    def take(self) -> list[Result]:
+        """What has come: images, or why bodies are none. Raises RunError if no decoder lives."""
+        results: list[Result] = []
+        now = time.monotonic()
+        for descriptor, event in self._epoll.poll(0):
+            if self._host is not None and not self._host.act(descriptor, event, results, now):
+                self._start_again(has_lived=bool(results))
+        if self._host is not None and (task := self._host.overdue(now)) is not None:
+            self._refused.append((task.token, ImageError(Reason.DECODER_CRASHED, "took too long")))
+            self._end_host(without=task)
+        if results:
+            self._num_lost = 0
+        results += self._refused
+        self._refused.clear()
+        self.num_open -= len(results)
+        self._hand_out()
+        return results
 
     def close(self) -> None:
-        with self._lock:
-            if self._host is not None:
-                self._host.close()
-                self._host = None
+        """End the processes; bodies that were given are forgotten."""
+        if self._host is not None:
+            self._end_host()
+        self._waiting.clear()
+        self.num_open = 0
+        self._epoll.close()
 
-    def _running(self) -> "_Host":
-        with self._lock:
+    def _hand_out(self) -> None:
+        """Let every child have what it can take. After a loss one body at a time: whose fault was it?"""
+        while self._waiting:
             if self._host is None:
-                self._host = _Host(self.number, self.config)
-            return self._host
+                self._host = Host(self.number, self.config, self._epoll)
+            child = min(self._host.children, key=lambda child: len(child.tasks))
+            if len(child.tasks) >= DEPTH or (self._num_lost and self._host.tasks):
+                return
+            child.give(self._waiting.popleft())
 
-    def _give_up(self, host: "_Host") -> None:
-        with self._lock:
-            if self._host is host:
-                log.warning("decoding processes ended: starting others")
-                host.close()
-                self._host = None
+    def _start_again(self, has_lived: bool) -> None:
+        """The host has ended: its tasks wait for another, but for one that it was alone with for the second time."""
+        assert self._host is not None
+        log.warning("the decoding processes ended: starting others")
+        self._num_lost = 1 if has_lived else self._num_lost + 1
+        tasks = self._host.tasks
+        for task in tasks:
+            task.num_lost += 1
+        is_guilty = len(tasks) == 1 and tasks[0].num_lost > 1
+        if is_guilty:
+            ended = ImageError(Reason.DECODER_CRASHED, "the decoding processes ended twice")
+            self._refused.append((tasks[0].token, ended))
+        name = self._host.name
+        self._end_host(without=tasks[0] if is_guilty else None)
+        if self._num_lost > MOST_LOST:
+            raise RunError(f"the decoding processes ended {self._num_lost} times in a row: {name}")
 
-
-class _HostLostError(Exception):
-    pass
-
-
-class _Host:
-    """The host process, and a socket to each of its children."""
-
-    def __init__(self, number: int, config: ImageConfig) -> None:
-        self._children: list[socket.socket] = []
-        theirs: list[socket.socket] = []
-        # Blocking calls with the system's own time-out: polling first would cost another hand-over of the GIL.
-        longest = struct.pack("ll", config.decode_timeout_s * WAIT_FACTOR, 0)
-        for _ in range(number):
-            ours, other = socket.socketpair()
-            for end in (ours, other):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, longest)
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, longest)
-            self._children.append(ours)
-            theirs.append(other)
-        descriptors = [end.fileno() for end in theirs]
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pipeline.decoder_host",
-            config.model_dump_json(),
-            *map(str, descriptors),
-        ]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            pass_fds=descriptors,
-            env=os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            start_new_session=True,  # Ctrl-C is for the one who waits for us
-        )
-        for end in theirs:
-            end.close()
-        assert self._process.stdout is not None
-        is_up = _is_readable(self._process.stdout.fileno(), START_TIMEOUT_S)
-        if not is_up or self._process.stdout.readline() != b"ready\n":
-            self.close()
-            raise RunError(f"the decoding process did not start: {' '.join(command[:4])}")
-
-    def ask(self, slot: int, body: bytes, boxes: Boxes) -> tuple[dict[str, Any], bytes]:
-        """Hand a body over and wait for what it comes to. Raises TimeoutError, and _HostLostError."""
-        child = self._children[slot]
-        try:
-            send(child, json.dumps(boxes).encode(), body)
-            told, data = receive(child)
-            return json.loads(told), data
-        except BlockingIOError:
-            raise TimeoutError from None
-        except (EOFError, OSError, ValueError):
-            raise _HostLostError from None
-
-    def close(self) -> None:
-        """End the host; its children end with it, and threads that wait for them are told."""
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-
-
-def _is_readable(descriptor: int, timeout_s: float) -> bool:
-    """Whether there is something to read before the time is over. select() cannot watch descriptors above 1,023."""
-    watch = select.poll()
-    watch.register(descriptor, select.POLLIN)
-    return bool(watch.poll(timeout_s * 1_000))
+    def _end_host(self, without: Task | None = None) -> None:
+        """End the host, if it has not ended by itself. What it was given, `without` apart, waits for the next."""
+        host, self._host = self._host, None
+        assert host is not None
+        self._waiting.extendleft(reversed([task for task in host.tasks if task is not without]))
+        host.close()

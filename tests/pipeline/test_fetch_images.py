@@ -108,18 +108,16 @@ def test_columns_that_the_list_lacks_are_refused_before_any_work(
 def test_a_build_outlives_its_decoding_processes(site: Any, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them are killed once while images are on their way: every row is there, and kept."""
     killed = threading.Event()
-    process_image = Decoders.process
+    take = Decoders.take
 
-    def process_and_kill(self: Decoders, body: bytes, boxes: Any = None) -> Any:
-        processed = process_image(self, body, boxes)
-        if not killed.is_set():
+    def take_and_kill(self: Decoders) -> Any:
+        results = take(self)
+        if results and self._host is not None and not killed.is_set():
             killed.set()
-            host = self._host
-            assert host is not None
-            os.kill(host._process.pid, signal.SIGKILL)
-        return processed
+            os.kill(self._host.pid, signal.SIGKILL)
+        return results
 
-    monkeypatch.setattr(Decoders, "process", process_and_kill)
+    monkeypatch.setattr(Decoders, "take", take_and_kill)
     names = [f"n{number}" for number in range(30)]
     rows = build(("url", "caption"), [(f"{site.url}/image/{name}", name) for name in names], "curate.drop_blank=false")
     assert killed.is_set()

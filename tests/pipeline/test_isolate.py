@@ -1,21 +1,23 @@
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cluster.errors import RunError
 from pipeline.config import ImageConfig
 from pipeline.images import process
-from pipeline.isolate import Decoders, lease_decoders
-from pipeline.picture import ImageError
+from pipeline.isolate import MOST_LOST, Decoders, lease_decoders
+from pipeline.messages import SHELF_BYTES
+from pipeline.picture import Boxes, ImageError, Processed
 from pipeline.reasons import Reason
 
 CONFIG = ImageConfig(size=32, decode_timeout_s=1)
@@ -35,6 +37,24 @@ def shared() -> Iterator[Decoders]:
     decoders.close()
 
 
+def rest(decoders: Decoders) -> dict[object, Processed | ImageError]:
+    """Wait for all that is open; results by token."""
+    results: dict[object, Processed | ImageError] = {}
+    deadline = time.monotonic() + 120
+    while decoders.num_open:
+        assert time.monotonic() < deadline
+        select.select([decoders.descriptor], [], [], 1)
+        results |= dict(decoders.take())
+    return results
+
+
+def decoded(decoders: Decoders, bodies: Sequence[bytes], boxes: Boxes | None = None) -> list[Processed | ImageError]:
+    for number, body in enumerate(bodies):
+        decoders.give(number, body, boxes)
+    results = rest(decoders)
+    return [results[number] for number in range(len(bodies))]
+
+
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -43,7 +63,7 @@ def started(number: int) -> tuple[Decoders, int]:
     """Decoders that run, and their host's process id."""
     before = {*children_of(os.getpid())}
     decoders = Decoders(number, CONFIG)
-    assert decoders.process(encoded(0)) == process(encoded(0), CONFIG)
+    assert decoded(decoders, [encoded(0)]) == [process(encoded(0), CONFIG)]
     (host,) = {*children_of(os.getpid())} - before
     assert len(children_of(host)) == number
     return decoders, host
@@ -63,25 +83,29 @@ def slow_jpeg() -> bytes:
 
 
 def refused(decoders: Decoders, body: bytes) -> ImageError:
-    with pytest.raises(ImageError) as refusal:
-        decoders.process(body)
-    return refusal.value
+    (refusal,) = decoded(decoders, [body])
+    assert isinstance(refusal, ImageError)
+    return refusal
 
 
 def test_results_and_refusals_are_those_of_the_same_process(shared: Decoders) -> None:
     bodies = [encoded(seed, format) for seed, format in enumerate(("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"))]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(shared.process, bodies * 5)) == [process(body, CONFIG) for body in bodies * 5]
+    assert decoded(shared, bodies * 5) == [process(body, CONFIG) for body in bodies * 5]
     assert refused(shared, b"<html>").reason is Reason.NOT_AN_IMAGE
     assert refused(shared, bodies[0][:-300]).reason is Reason.TRUNCATED_IMAGE
     boxes = [[0.0, 0.0, 0.5, 0.5]]
-    assert shared.process(bodies[1], boxes) == process(bodies[1], CONFIG, boxes)
+    assert decoded(shared, [bodies[1]], boxes) == [process(bodies[1], CONFIG, boxes)]
 
 
-def test_a_body_larger_than_a_pipe_arrives_whole(shared: Decoders) -> None:
-    body = encoded(1, "BMP", side=1_024)
-    assert len(body) > 3 * 2**20
-    assert shared.process(body) == process(body, CONFIG)
+def test_bodies_and_images_larger_than_a_shelf_arrive_whole() -> None:
+    config = ImageConfig(resize="no", format="png")
+    bodies = [encoded(seed, "BMP", side=side) for seed in range(3) for side in (1_024, 16, 600)]
+    assert len(bodies[0]) > 3 * SHELF_BYTES
+    with lease_decoders(1, config) as decoders:
+        results = decoded(decoders, bodies)
+    assert results == [process(body, config) for body in bodies]
+    sizes = [len(result.data) for result in results if isinstance(result, Processed)]
+    assert max(sizes) > 2 * SHELF_BYTES > SHELF_BYTES > min(sizes)
 
 
 @pytest.mark.parametrize("cause", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
@@ -89,13 +113,15 @@ def test_a_crash_while_decoding_costs_that_image_alone(cause: signal.Signals) ->
     decoders, host = started(2)
     bodies = [encoded(seed) for seed in range(40)]
     before = {child: ticks(child) for child in children_of(host)}
-    with ThreadPoolExecutor(2) as pool:
-        slow = pool.submit(decoders.process, slow_jpeg())
-        _kill_the_busy_one(before, cause)
-        assert list(pool.map(decoders.process, bodies)) == [process(body, CONFIG) for body in bodies]
-        with pytest.raises(ImageError, match=cause.name) as refusal:
-            slow.result()
-    assert refusal.value.reason is Reason.DECODER_CRASHED
+    decoders.give("slow", slow_jpeg())
+    for number, body in enumerate(bodies):  # some wait behind it, in the very process that is going to die
+        decoders.give(number, body)
+    _kill_the_busy_one(before, cause)
+    results = rest(decoders)
+    refusal = results.pop("slow")
+    assert results == {number: process(body, CONFIG) for number, body in enumerate(bodies)}
+    assert isinstance(refusal, ImageError)
+    assert (refusal.reason, cause.name in refusal.detail) == (Reason.DECODER_CRASHED, True)
     after = children_of(host)
     assert len(after) == 2, "another child was forked"
     assert len({*before} & {*after}) == 1, "the other one lived on"
@@ -118,14 +144,52 @@ def test_an_image_that_takes_too_long_is_given_up(shared: Decoders) -> None:
     refusal = refused(shared, slow_jpeg())
     assert (refusal.reason, refusal.detail) == (Reason.DECODER_CRASHED, "took too long")
     assert time.monotonic() - begun < 60
-    assert shared.process(encoded(3)) == process(encoded(3), CONFIG)
+    assert decoded(shared, [encoded(3)]) == [process(encoded(3), CONFIG)]
 
 
 def test_what_was_handed_over_when_the_host_died_is_asked_again() -> None:
     decoders, host = started(1)
     for pid in (host, *children_of(host)):
         os.kill(pid, signal.SIGKILL)
-    assert decoders.process(encoded(2)) == process(encoded(2), CONFIG)
+    assert decoded(decoders, [encoded(2)]) == [process(encoded(2), CONFIG)]
+    decoders.close()
+
+
+def test_an_image_that_ends_the_host_twice_is_refused_and_no_other() -> None:
+    decoders, host = started(1)
+    bodies = [encoded(seed) for seed in range(10)]
+    for number, body in enumerate((bodies[0], slow_jpeg(), *bodies[1:])):
+        decoders.give(number, body)
+    results: dict[object, Processed | ImageError] = {}
+    for _ in range(2):
+        busy = children_of(host)[0]
+        deadline = time.monotonic() + 60
+        while ticks(busy) < 10:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(host, signal.SIGKILL)
+        while (host_now := decoders._host) is None or host_now.pid == host or not children_of(host_now.pid):
+            assert time.monotonic() < deadline
+            select.select([decoders.descriptor], [], [], 0.05)
+            results |= dict(decoders.take())
+            if 1 in results:
+                break
+        host = host_now.pid if host_now else 0
+    results |= rest(decoders)
+    decoders.close()
+    refusal = results.pop(1)
+    assert isinstance(refusal, ImageError)
+    assert (refusal.reason, refusal.detail) == (Reason.DECODER_CRASHED, "the decoding processes ended twice")
+    assert list(results.values()) == [process(body, CONFIG) for body in bodies]
+
+
+def test_hosts_that_always_end_fail_the_unit_and_cost_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    decoders = Decoders(1, CONFIG)
+    for number in range(10):
+        decoders.give(number, encoded(number))
+    with pytest.raises(RunError, match=f"ended {MOST_LOST + 1} times in a row: /bin/false"):
+        rest(decoders)
     decoders.close()
 
 
@@ -154,12 +218,14 @@ def test_narrower_limits_of_the_system_are_kept() -> None:
 
 def test_decoding_processes_are_kept_for_the_next_lease_of_the_same_settings() -> None:
     with lease_decoders(1, CONFIG) as first:
-        first.process(encoded(1))
+        decoded(first, [encoded(1)])
     with lease_decoders(1, CONFIG) as second:
         assert second is first
     with lease_decoders(1, ImageConfig(size=48)) as other:
         assert other is not first
-        assert other.process(encoded(1)).width == 48
+        (image,) = decoded(other, [encoded(1)])
+        assert isinstance(image, Processed)
+        assert image.width == 48
 
 
 def test_decoding_processes_end_with_the_one_they_work_for() -> None:
@@ -168,8 +234,8 @@ def test_decoding_processes_end_with_the_one_they_work_for() -> None:
         "from pipeline.config import ImageConfig\n"
         "from pipeline.isolate import Decoders\n"
         "decoders = Decoders(2, ImageConfig())\n"
-        "try: decoders.process(b'GIF89a')\n"
-        "except Exception: pass\n"
+        "decoders.give(0, b'GIF89a')\n"
+        "while decoders.num_open: decoders.take()\n"
         "me = os.getpid()\n"
         "host = open(f'/proc/{me}/task/{me}/children').read().split()[0]\n"
         "print(host, *open(f'/proc/{host}/task/{host}/children').read().split(), flush=True)\n"
