@@ -50,6 +50,7 @@ def is_network(text: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=65_536)
 def is_address(host: str) -> bool:
     """Whether a URL's host is an address and not a name."""
     return _parsed(host) is not None

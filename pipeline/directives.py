@@ -37,10 +37,10 @@ def refused_by(headers: Mapping[str, Sequence[str]], config: FetchConfig) -> str
 
     headers: names in lower case.
     """
-    token = product_token(config.user_agent)
-    forbidden = {directive.strip().lower() for directive in config.disallowed_header_directives}
-    for value in headers.get(X_ROBOTS_TAG, ()) if forbidden else ():
-        for directive in _directives(value, token):
+    if tags := headers.get(X_ROBOTS_TAG):
+        token = product_token(config.user_agent)
+        forbidden = {directive.strip().lower() for directive in config.disallowed_header_directives}
+        for directive in (directive for value in tags for directive in _directives(value, token)):
             if directive in forbidden:
                 return f"{X_ROBOTS_TAG}: {directive}"
     if config.tdm_reservation != "ignore" and "1" in [value.strip() for value in headers.get(TDM_RESERVATION, ())]:

@@ -17,7 +17,9 @@ from pipeline.picture import Pixels
 DCT_SIDE = 32
 HASH_SIDE = 8
 SHARPNESS_SIDE = 256
-_MIRROR = np.where(np.arange(HASH_SIDE) % 2, -1, 1).astype(np.float32)
+_MIRROR = np.ones((2, HASH_SIDE, HASH_SIDE), np.float32)
+"""Signs of the frequencies of an image and of its mirror image."""
+_MIRROR[1, :, 1::2] = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,11 @@ def perceptual_hashes(pixels: Pixels) -> tuple[int, int]:
     grey = cv2.cvtColor(small, cv2.COLOR_BGR2GRAY).astype(np.float32)
     # Whole numbers (of up to 8,160): whatever differs between processors' arithmetic is far below one.
     lowest = np.rint(cv2.dct(grey)[:HASH_SIDE, :HASH_SIDE])
-    return _bits_above_median(lowest), _bits_above_median(lowest * _MIRROR)
+    values = (lowest * _MIRROR).reshape(2, -1)
+    ordered = np.sort(values, axis=1)
+    medians = (ordered[:, 31:32] + ordered[:, 32:33]) / 2
+    bits = np.packbits(values > medians, axis=1)
+    return int.from_bytes(bits[0].tobytes(), "big"), int.from_bytes(bits[1].tobytes(), "big")
 
 
 def sharpness(grey: NDArray[np.uint8]) -> float:
@@ -74,9 +80,3 @@ def sharpness(grey: NDArray[np.uint8]) -> float:
         size = (round(width * scale), round(height * scale))
         grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
     return float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))[1][0, 0]) ** 2
-
-
-def _bits_above_median(values: NDArray[np.float32]) -> int:
-    ordered = np.sort(values, axis=None)
-    median = (ordered[31] + ordered[32]) / 2
-    return int.from_bytes(np.packbits(values > median).tobytes(), "big")
