@@ -31,15 +31,16 @@ def overlap_html(store: Store) -> str:
     rules = [name.removeprefix("drops:") for name in counts if name.startswith("drops:")]
     if not rules:
         return ""
-    short = [name.removeprefix("curate.") for name in rules]
+    numbers = range(1, len(rules) + 1)
     rows = []
-    for rule in rules:
+    for number, rule in zip(numbers, rules, strict=True):
+        name = Markup('<span style="white-space:nowrap">{} <code>{}</code></span>').format(number, rule)
         both = [_both(counts, rule, other) for other in rules]
-        rows.append((Markup("<code>{}</code>").format(rule), counts[f"drops:{rule}"], counts[f"alone:{rule}"], *both))
+        rows.append((name, counts[f"drops:{rule}"], counts[f"alone:{rule}"], *both))
     return (
-        "<p>Pairs that each rule would drop; alone: that no other rule of its stage drops; then those that another "
-        "rule drops too. Rules on captions and URLs judge all pairs, rules on images those that were downloaded.</p>"
-        + table_html(["rule", "drops", "alone", *short], rows)
+        "<p>Pairs that each rule would drop; alone: that no other rule of its stage drops; then those that "
+        "rule 1, 2, ... drops too. Rules on captions and URLs judge all pairs, rules on images those that were "
+        "downloaded.</p>" + table_html(["rule", "drops", "alone", *map(str, numbers)], rows)
     )
 
 
@@ -64,6 +65,26 @@ def evaluation_html(album: Album, sampled: Sampled, manifest: Manifest) -> str:
         f"each picture: what was measured, and the evaluation image that it matched.{note}</p>"
         + table_html(["evaluation set", "pairs dropped"], sets.most_common())
         + environment(TEMPLATES).get_template("pictures.html").render(pictures=shown)
+    )
+
+
+def sweep_html(store: Store) -> str:
+    """How many rows each threshold of semantic similarity would drop; "" where nothing was compared."""
+    counts: Counter[str] = Counter()
+    for marker in all_markers(Journal(store), "semantic-pairs"):
+        counts.update({name: number for name, number in marker.counts.items() if name.startswith("above:")})
+    if not counts:
+        return ""
+    cosines, numbers = zip(*sorted((float(name.removeprefix("above:")), n) for name, n in counts.items()), strict=True)
+    figure, axes = new_figure(4.8, 2.6)
+    axes.plot(cosines, numbers, marker="o", markersize=3, color=PALETTE[0])
+    axes.set_title("Rows that each threshold would drop")
+    axes.set_xlabel("dedup.semantic_similarity (cosine)")
+    axes.set_ylabel("rows")
+    axes.set_ylim(bottom=0)
+    return (
+        "<p>The cosines of all images to their likest neighbour are stored: another threshold needs no model.</p>"
+        + figure_html(figure, alt="rows that each threshold of semantic similarity would drop")
     )
 
 
@@ -108,6 +129,7 @@ def _tail(table: pa.Table) -> str:
     axes.plot(places + 1, np.sort(kept)[::-1][places], color=PALETTE[0], label="after")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=0)
     axes.set_title("Pairs of a concept")
     axes.set_xlabel("concepts, most frequent first")
     axes.set_ylabel("pairs")

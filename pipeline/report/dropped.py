@@ -9,7 +9,7 @@ from pipeline.report.data import TEMPLATES, Step, meaning
 from pipeline.report.duplicates import Twins, groups_of
 from pipeline.report.pictures import Album, Picture
 
-NUM_DROPPED_SHOWN = 8
+NUM_DROPPED_SHOWN, NUM_TEXTS_SHOWN = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def _group(album: Album, twins: Twins, step: Step) -> DropGroup:
         num_rows=step.num_rows,
         groups=groups,
         pictures=shown,
-        rows=() if shown else tuple(pictures),
+        rows=() if shown else tuple(pictures[:NUM_TEXTS_SHOWN]),
     )
 
 

@@ -17,7 +17,7 @@ from pipeline.config import BuildConfig
 from pipeline.downloads import Tally, Totals, size_text, status_name, tally_downloads
 from pipeline.generations import all_markers
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.report.curation import balance_html, evaluation_html, overlap_html
+from pipeline.report.curation import balance_html, evaluation_html, overlap_html, sweep_html
 from pipeline.report.data import TEMPLATES, Sampled, Step, sample_rows, steps_of
 from pipeline.report.dropped import dropped_html
 from pipeline.report.duplicates import Twins
@@ -66,6 +66,7 @@ def dataset_sections(store: Store, manifest: Manifest) -> list[Section]:
         "Map": map_html(store, album, sampled),
         "Dropped pairs": _note(sampled, "pairs") + dropped_html(album, twins, steps),
         "Overlap of rules": overlap_html(store),
+        "Semantic similarity": sweep_html(store),
         "Evaluation sets": evaluation_html(album, sampled, manifest),
         "Balance": balance_html(store),
         "Distributions": _note(sampled, "pairs") + histograms_html(sampled) + bars_html(store, sampled, manifest),
