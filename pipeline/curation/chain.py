@@ -10,11 +10,12 @@ from pipeline.curation.context import Context, Curated, Step
 from pipeline.decide import DecideStage
 from pipeline.duplicates.exact import drop_exact, drop_same_bytes_and_caption, drop_same_url
 from pipeline.duplicates.near import drop_near
+from pipeline.duplicates.semantic import drop_semantic
 from pipeline.models.measure import measure
 from pipeline.rules.chosen import image_rules
 from pipeline.selection import DecidedUnit, Groups, num_dropped
 
-STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_caption, drop_near, balance)
+STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_caption, drop_near, drop_semantic, balance)
 
 
 def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:

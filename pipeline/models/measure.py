@@ -48,12 +48,16 @@ def measure(context: Context, fetched: Mapping[str, Marker]) -> tuple[Measured, 
 def embed(context: Context, inputs: tuple[UnitImages, ...], model: Model | None) -> tuple[Embedded, ...]:
     """The embeddings of every fetch unit, in their order."""
     assert model is not None, "the configuration is checked"
-    stage = EmbedStage(
-        store=context.store,
-        model=model,
-        ability="embed",
-        config=context.config.models,
-        inputs=inputs,
-        name=context.name(f"embed-{model.fingerprint}"),
-    )
+    return _embed(context, inputs, model, context.name(f"embed-{model.fingerprint}"))
+
+
+def embed_known(context: Context, model: Model) -> tuple[Embedded, ...]:
+    """The embeddings of every known shard, in their order."""
+    inputs = tuple(UnitImages.of_shard(shard) for shard in context.known)
+    return _embed(context, inputs, model, context.name(f"known-embed-{model.fingerprint}"))
+
+
+def _embed(context: Context, inputs: tuple[UnitImages, ...], model: Model, name: str) -> tuple[Embedded, ...]:
+    config = context.config.models
+    stage = EmbedStage(store=context.store, model=model, ability="embed", config=config, inputs=inputs, name=name)
     return tuple(Embedded.of(marker) for marker in context.run_stage(stage).values())

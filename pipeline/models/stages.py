@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
+from pipeline.manifest import Shard
 from pipeline.models.apply import Applied, Values, in_batches
 from pipeline.models.config import ModelsConfig
 from pipeline.models.images import Stored, batches
@@ -31,12 +32,14 @@ from pipeline.selection import open_images, read_checked
 from pipeline.workfile import WorkFile
 
 EMBEDDINGS_FILE, ROWS_FILE = "embeddings.npy", "rows.npy"
-_READ = ("status", "num_rows", "caption", "width", "height", "image_offset", "image_size")
+_READ = ("caption", "width", "height", "image_offset", "image_size")
+_READ_OF_FETCHED = ("status", "num_rows")
+"""A shard's table does not have these: all its rows have an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitImages:
-    """Where the rows and the images of one fetch unit lie."""
+    """Where the rows and the images of one fetch unit, or shard, lie."""
 
     id: str
     rows: WorkFile
@@ -48,6 +51,15 @@ class UnitImages:
             id=fetched.unit, rows=WorkFile.of(fetched, "rows.parquet"), images=WorkFile.of(fetched, "images.tar")
         )
 
+    @staticmethod
+    def of_shard(shard: Shard) -> "UnitImages":
+        """A shard's samples, which are all there."""
+        unit = f"{shard.index:05}"
+        rows, images = (
+            WorkFile(stage="pack", unit=unit, path=file.path, sha256=file.sha256) for file in (shard.parquet, shard.tar)
+        )
+        return UnitImages(id=unit, rows=rows, images=images)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded:
@@ -56,11 +68,16 @@ class Embedded:
     id: str
     rows: WorkFile
     vectors: WorkFile
+    size_bytes: int
+    """of the vectors"""
 
     @staticmethod
     def of(marker: Marker) -> "Embedded":
         return Embedded(
-            id=marker.unit, rows=WorkFile.of(marker, ROWS_FILE), vectors=WorkFile.of(marker, EMBEDDINGS_FILE)
+            id=marker.unit,
+            rows=WorkFile.of(marker, ROWS_FILE),
+            vectors=WorkFile.of(marker, EMBEDDINGS_FILE),
+            size_bytes=next(output.size_bytes for output in marker.outputs if output.name == EMBEDDINGS_FILE),
         )
 
     def read(self, store: Store) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
@@ -97,14 +114,16 @@ class ModelStage:
         return [Unit(id=each.id, params={"rows": each.rows, "images": each.images}) for each in self.inputs]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        table = read_checked(self.store, unit.params["rows"], _READ)
+        table = read_checked(self.store, unit.params["rows"], _READ, _READ_OF_FETCHED)
         numbers = downloaded_rows(table)
         rows = table.take(pa.array(numbers, pa.int64()))
         applied = Applied(model=self.model, ability=self.ability, threads=self.config.threads)
         values = self._measure(applied, unit.params["images"], stored_images(rows))
         failed = ~np.isfinite(values).all(axis=1)
         self._write(output, numbers, values)
-        output.count("rows", int(np.sum(rows["num_rows"].to_numpy()) if len(numbers) else 0))
+        output.count(
+            "rows", int(np.sum(rows["num_rows"].to_numpy())) if "num_rows" in rows.schema.names else len(numbers)
+        )
         output.count("images", len(numbers))
         output.count("failed", int(failed.sum()))
 
@@ -141,6 +160,8 @@ class EmbedStage(ModelStage):
 
 def downloaded_rows(table: pa.Table) -> NDArray[np.int64]:
     """Numbers of the rows that have an image."""
+    if "status" not in table.schema.names:
+        return np.arange(table.num_rows)
     return np.flatnonzero([status == "ok" for status in table["status"].to_pylist()])
 
 
