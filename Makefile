@@ -3,8 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
+FAULTS_OUT ?= faults-out
 
-.PHONY: help demo test test-all check bench-fetch bench-methods bench-loss clean
+.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -24,6 +25,9 @@ check: .venv/.installed  ## lint, formatting, types, import directions, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell cluster pipeline training tests docs README.md CHANGELOG.md Makefile pyproject.toml
 
+faults: .venv/.installed  ## kill, cut off and fill up everything while it works: nothing lost, doubled or different; 15 minutes
+	$(BIN)/python tests/faults/run.py --output $(FAULTS_OUT)
+
 bench-fetch: .venv/.installed  ## the fetch stage against img2dataset 1.47.0, in turns; needs ten minutes on two cores
 	$(BIN)/python tests/benchmarks/fetch.py
 
@@ -36,8 +40,8 @@ bench-politeness: .venv/.installed  ## what limits per host over the cluster cos
 bench-loss: .venv/.installed  ## memory and time of the contrastive losses against dense ones; needs 15 GiB free and minutes
 	$(BIN)/python tests/benchmarks/loss.py
 
-clean:  ## remove the virtual environment and the demo's output
-	rm -rf .venv build *.egg-info $(DEMO_OUT)
+clean:  ## remove the virtual environment and the outputs of demo and faults
+	rm -rf .venv build *.egg-info $(DEMO_OUT) $(FAULTS_OUT)
 
 .venv/.dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pairmill needs Python 3.11 or newer; set PYTHON=")'
