@@ -20,7 +20,8 @@ _OFFSET = np.dtype("<i8")
 
 def write_buckets(path: Path, records: Records, buckets: NDArray[np.integer[Any]], num_buckets: int) -> None:
     """Write records; `buckets[i]` is the bucket of `records[i]`, and must not decrease."""
-    offsets = np.searchsorted(buckets, np.arange(num_buckets + 1)).astype(_OFFSET)
+    numbers = np.arange(num_buckets + 1).astype(buckets.dtype)  # of another type, the buckets would be converted
+    offsets = np.searchsorted(buckets, numbers).astype(_OFFSET)
     with open(path, "wb") as file:
         offsets.tofile(file)
         np.ascontiguousarray(records).tofile(file)

@@ -2,7 +2,7 @@
 
 decisions.parquet   one row per (rule, downloaded row), see `rules.decisions.DECISIONS`
 kept.npy            int32 row numbers that every rule keeps, ascending
-facts.npy           `FACTS` of these rows, in their order: what steps of curation compare
+facts.bin           `FACTS` of these rows, in their order: what steps of curation compare
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,7 +82,7 @@ class DecideStage:
         kept = downloaded[is_kept]
         np.save(output.path("kept.npy"), kept.astype(np.int32))
         facts = facts_of(rows.filter(pa.array(is_kept)), unit.params["index"], kept, self.priorities)
-        np.save(output.path("facts.npy"), facts)
+        facts.tofile(output.path("facts.bin"))
         self._count(np.asarray(column_list(rows, "num_rows"), np.int64), judged, output)
         output.count("kept", len(kept))
 

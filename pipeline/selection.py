@@ -88,7 +88,7 @@ class DecidedUnit:
             images=WorkFile.of(fetched, "images.tar"),
             kept=WorkFile.of(decided, "kept.npy"),
             decisions=WorkFile.of(decided, "decisions.parquet"),
-            facts=WorkFile.of(decided, "facts.npy"),
+            facts=WorkFile.of(decided, "facts.bin"),
         )
 
 

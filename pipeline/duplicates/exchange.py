@@ -9,7 +9,6 @@ are dropped whatever comes, and the last stage tells who represents them. So a k
 one record of each group.
 """
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,8 +57,8 @@ def overlapped(store: Store, read: Callable[[Any], Any], items: Sequence[Any]) -
 
 def read_facts(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) -> Records:
     """[N] FACTS of a group's samples that the steps before have left. `task`: of `group_tasks` with `facts`."""
-    parts = overlapped(store, lambda file: np.load(io.BytesIO(file.read(store))), task["files"])
-    facts = np.concatenate([np.empty(0, FACTS), *parts])
+    parts = overlapped(store, lambda file: file.read(store), task["files"])
+    facts = np.frombuffer(b"".join(parts), FACTS)
     is_living = living(store, facts["unit"], facts["row"], drops, task["group"])
     return facts if is_living.all() else facts[is_living]
 

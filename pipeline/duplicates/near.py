@@ -173,11 +173,13 @@ def _write_points(output: UnitOutput, best: Records, others: Records, look: Look
         hashes += [best["key_low"], others["key_low"]]
     points = np.empty(sum(map(len, nodes)), POINT)
     points["hash"], points["node"] = np.concatenate(hashes), np.concatenate(nodes)
-    places = [look.range_of(points["hash"], block) for block in range(look.distance + 1)]
-    everywhere = np.tile(np.arange(len(points)), len(places))
-    place = np.concatenate(places)
-    order = np.argsort(place.astype(np.uint16), kind="stable")
-    write_buckets(output.path("points.bin"), points[everywhere[order]], place[order], look.num_places)
+    parts, places = [], []
+    for block in range(look.distance + 1):
+        place = look.range_of(points["hash"], block).astype(np.uint16)
+        order = np.argsort(place, kind="stable")  # by radix
+        parts.append(points[order])
+        places.append(place[order])
+    write_buckets(output.path("points.bin"), np.concatenate(parts), np.concatenate(places), look.num_places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,16 +254,24 @@ class LinksStage:
 
 def find_links(points: Records, distance: int, block: int) -> Records:
     """Edges, node > neighbour, that connect the nodes of hashes that are the same, or near and meet in this block."""
-    points = points[np.lexsort((points["node"], points["hash"]))]
-    is_first = np.concatenate([np.ones(min(1, len(points)), bool), points["hash"][1:] != points["hash"][:-1]])
-    hashes, smallest = points["hash"][is_first], points["node"][is_first]
-    ends = [(smallest, smallest[linked(hashes, distance, block)])]
+    if not len(points):
+        return np.empty(0, EDGE)
+    order = np.argsort(points["hash"])
+    ordered, nodes = points["hash"][order], points["node"][order]
+    is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    first = np.flatnonzero(is_first)
+    smallest = np.minimum.reduceat(nodes, first)
+    ends = [(smallest, smallest[linked(ordered[first], distance, block)])]
     if block == 0:  # the others have the same points
-        ends.append((points["node"], smallest[np.cumsum(is_first) - 1]))
-    edges = np.empty(sum(len(left) for left, _ in ends), EDGE)
-    left, right = (np.concatenate(side) for side in zip(*ends, strict=True))
-    edges["node"], edges["neighbour"] = np.maximum(left, right), np.minimum(left, right)
-    return np.unique(edges[edges["node"] != edges["neighbour"]])
+        ends.append((nodes, smallest[np.cumsum(is_first) - 1]))
+    found = []
+    for left, right in ends:
+        is_edge = left != right
+        edges = np.empty(int(is_edge.sum()), EDGE)
+        edges["node"] = np.maximum(left[is_edge], right[is_edge])
+        edges["neighbour"] = np.minimum(left[is_edge], right[is_edge])
+        found.append(edges)
+    return np.unique(np.concatenate(found))
 
 
 @dataclass(frozen=True, kw_only=True)

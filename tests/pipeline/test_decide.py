@@ -13,7 +13,7 @@ from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.buckets import Records
 from pipeline.decide import DecideStage
-from pipeline.duplicates.facts import HAS_BYTES, HAS_LOOK
+from pipeline.duplicates.facts import FACTS, HAS_BYTES, HAS_LOOK
 from pipeline.rules.chosen import image_rules
 from pipeline.rules.config import CurateConfig
 from pipeline.rules.images import AspectRatio, Blank, MinimumSide
@@ -31,8 +31,7 @@ def kept_rows(store: Store, marker: Marker) -> list[int]:
 
 
 def facts(store: Store, marker: Marker) -> Records:
-    found: Records = np.load(io.BytesIO(store.read_bytes(marker.path_of("facts.npy"))))
-    return found
+    return np.frombuffer(store.read_bytes(marker.path_of("facts.bin")), FACTS)
 
 
 def test_every_rule_writes_a_row_for_every_downloaded_pair(store: Store, fetch: Any) -> None:

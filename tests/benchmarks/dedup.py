@@ -1,0 +1,333 @@
+"""`make bench-dedup`: exact and near-duplicates at scale, on two cores with Ray; exact ones beside Ray Data.
+
+Synthetic keys lie on disk as the decide stage leaves them: a file of `FACTS` for every 2,000 rows, read with its sha256
+checked. Measured is the step as a build runs it: all its stages with their journal, to the files that the pack stage
+reads. Not measured: the decide stage, which makes the facts from columns of the fetch stage's rows.
+
+Of the rows 10 % have one and the same key, 10 % that of some other row; 5 % look like another row but for one to three
+bits, half of them in a mirror. Ray Data gets two columns of 64-bit integers in parquet and the least work that finds
+the kept rows: the smallest uid of each key, and how many rows there are.
+"""
+
+import argparse
+import hashlib
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from numpy.typing import NDArray
+
+from cluster.config import parse
+from cluster.executor import RayExecutor, run_stage
+from cluster.journal import Journal, Marker
+from cluster.progress import Progress
+from cluster.session import RayConfig, ray_session
+from cluster.store import Store
+from pipeline.config import BuildConfig
+from pipeline.curation.context import Context, Curated, Step
+from pipeline.duplicates.exact import drop_exact
+from pipeline.duplicates.facts import FACTS, HAS_BYTES, HAS_LOOK
+from pipeline.duplicates.near import drop_near
+from pipeline.selection import DecidedUnit, Drops, Groups
+from pipeline.workfile import WorkFile
+
+ROWS_PER_UNIT = 2_000
+UNITS_PER_TASK = 250
+SAMPLE_S = 0.5
+ODD_COLUMNS = np.uint64(0x5555555555555555)
+"""The bits of a perceptual hash that a mirror turns over."""
+
+Words = NDArray[np.uint64]
+
+
+def mixed(numbers: Words, salt: int) -> Words:
+    """[N] pseudo-random 64-bit numbers, a function of each number alone (splitmix64)."""
+    words = (numbers + np.uint64(salt * 2 + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def contents(rows: Words, num_rows: int) -> Words:
+    """[N] a number for each row; rows whose bytes are the same have the same."""
+    kind = mixed(rows, 1) % np.uint64(10)
+    other = mixed(rows, 2) % np.uint64(num_rows)
+    return np.where(kind == 0, np.uint64(0), np.where(kind == 1, other, rows))
+
+
+def partners(rows: Words) -> tuple[NDArray[np.bool_], Words]:
+    """([N] which rows look like another, [N] the number of that one): of twenty the second looks like the first."""
+    return rows % np.uint64(20) == 1, rows - rows % np.uint64(20)
+
+
+def looks(rows: Words) -> Words:
+    """[N] perceptual hashes."""
+    is_like, partner = partners(rows)
+    draw = mixed(rows, 5)
+    changes = np.zeros(len(rows), np.uint64)
+    for number in range(3):
+        bit = np.uint64(1) << ((draw >> np.uint64(8 * number)) % np.uint64(64))
+        changes |= np.where(draw >> np.uint64(60) >= np.uint64(5 * number), bit, np.uint64(0))
+    mirror = np.where(draw & np.uint64(1 << 32) != 0, ODD_COLUMNS, np.uint64(0))
+    return np.where(is_like, telling(partner) ^ changes ^ mirror, telling(rows))
+
+
+def telling(rows: Words) -> Words:
+    """[N] random hashes of which, as of images', neither they nor their mirror images have few bits set."""
+    hashes = mixed(rows, 4)
+    for salt in (20, 21):
+        fewest = np.minimum(np.bitwise_count(hashes), np.bitwise_count(hashes ^ ODD_COLUMNS))
+        hashes = np.where(fewest < 19, mixed(rows, salt), hashes)
+    return hashes
+
+
+def facts_of_rows(first: int, end: int, num_rows: int) -> NDArray[Any]:
+    """FACTS of these rows."""
+    rows = np.arange(first, end, dtype=np.uint64)
+    facts = np.zeros(len(rows), FACTS)
+    facts["unit"], facts["row"] = rows // ROWS_PER_UNIT, rows % ROWS_PER_UNIT
+    same = contents(rows, num_rows)
+    for name, numbers, salt in (("uid", rows, 10), ("bytes", same, 12), ("url", rows, 14), ("caption", rows, 16)):
+        facts[f"{name}_high"], facts[f"{name}_low"] = mixed(numbers, salt), mixed(numbers, salt + 1)
+    facts["phash"] = looks(rows)
+    facts["phash_mirror"] = facts["phash"] ^ ODD_COLUMNS
+    facts["num_chars"], facts["flags"] = 50, HAS_BYTES | HAS_LOOK
+    return facts
+
+
+def write_units(folder: str, first: int, end: int, num_rows: int) -> list[str]:
+    """Write the facts of these units; returns their sha256."""
+    hashes = []
+    for unit in range(first, end):
+        path = Path(folder) / path_of(unit)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = facts_of_rows(unit * ROWS_PER_UNIT, min(num_rows, (unit + 1) * ROWS_PER_UNIT), num_rows)
+        facts.tofile(path)
+        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    return hashes
+
+
+def path_of(unit: int) -> str:
+    return f"work/decide/{unit:06}.0/facts.bin"
+
+
+def write_parquet(folder: str, first: int, end: int, num_rows: int) -> None:
+    """Keys and uids of some rows as Ray Data reads them."""
+    rows = np.arange(first, end, dtype=np.uint64)
+    columns = {
+        "key": mixed(contents(rows, num_rows), 12).view(np.int64),
+        "uid": mixed(rows, 10).view(np.int64),
+    }
+    pq.write_table(pa.table(columns), f"{folder}/{first:010}.parquet")
+
+
+@dataclass(kw_only=True)
+class Memory:
+    """The most memory of this process and all below it at any moment: what they share is counted once."""
+
+    peak_bytes: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self) -> None:
+        while not self._stop.wait(SAMPLE_S):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+            self.peak_bytes = max(self.peak_bytes, total)
+
+
+@contextmanager
+def watched() -> Iterator[Memory]:
+    memory = Memory()
+    thread = threading.Thread(target=memory.watch, daemon=True)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        memory._stop.set()
+        thread.join()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Facts of so many rows in a folder."""
+
+    folder: Path
+    num_rows: int
+    curated: Curated
+
+    @staticmethod
+    def make(folder: Path, num_rows: int) -> "Dataset":
+        num_units = -(-num_rows // ROWS_PER_UNIT)
+        starts = range(0, num_units, UNITS_PER_TASK)
+        write = ray.remote(write_units)
+        tasks = [write.remote(str(folder), s, min(num_units, s + UNITS_PER_TASK), num_rows) for s in starts]
+        hashes = [sha256 for part in ray.get(tasks) for sha256 in part]
+        none = WorkFile(stage="fetch", unit="", path="", sha256="")
+        units = tuple(
+            DecidedUnit(
+                index=index,
+                id=f"{index:06}",
+                rows=none,
+                images=none,
+                kept=none,
+                decisions=none,
+                facts=WorkFile(stage="decide", unit=f"{index:06}", path=path_of(index), sha256=sha256),
+            )
+            for index, sha256 in enumerate(hashes)
+        )
+        num_kept = tuple(min(ROWS_PER_UNIT, num_rows - index * ROWS_PER_UNIT) for index in range(num_units))
+        curated = Curated(units=units, num_kept=num_kept, groups=Groups.of(num_kept))
+        return Dataset(folder=folder, num_rows=num_rows, curated=curated)
+
+    def run(self, step: Step, *settings: str) -> tuple[Drops, float]:
+        """(what a step of curation drops, the seconds it takes)."""
+        store = Store(str(self.folder))
+        journal = Journal(store)
+
+        def run(stage: Any) -> dict[str, Marker]:
+            return run_stage(stage, journal, RayExecutor(is_local=True), Progress())
+
+        config = parse(BuildConfig, ["input=a", f"output={self.folder}", *settings])
+        started = time.monotonic()
+        drops = step(Context(config=config, store=store, run_stage=run), self.curated)
+        seconds = time.monotonic() - started
+        assert drops is not None
+        return drops, seconds
+
+    def representatives(self, drops: Drops) -> Words:
+        """[rows] the first word of the uid of the sample that stands for each row, which may be the row's own."""
+        found = mixed(np.arange(self.num_rows, dtype=np.uint64), 10)
+        store = Store(str(self.folder))
+        for group in range(len(drops.groups)):
+            dropped = drops.of_group(store, group)
+            found[dropped["unit"].astype(np.int64) * ROWS_PER_UNIT + dropped["row"]] = dropped["uid_high"]
+        return found
+
+
+def bench_exact(data: Dataset) -> float:
+    """Seconds; fails unless exactly the row with the smallest uid of every key is left."""
+    drops, seconds = data.run(drop_exact, "dedup.prefer=[uid]")
+    rows = np.arange(data.num_rows, dtype=np.uint64)
+    same = contents(rows, data.num_rows).astype(np.int64)
+    uids = mixed(rows, 10)
+    smallest = np.full(data.num_rows, 2**64 - 1, np.uint64)
+    np.minimum.at(smallest, same, uids)
+    assert (data.representatives(drops) == smallest[same]).all(), "the wrong rows were dropped"
+    return seconds
+
+
+def bench_near(data: Dataset) -> tuple[float, float, int]:
+    """(seconds, share of the planted pairs that came together, how many rows were dropped beyond the planted)."""
+    drops, seconds = data.run(drop_near, "dedup.near_distance=3", "dedup.prefer=[uid]")
+    found = data.representatives(drops)
+    rows = np.arange(data.num_rows, dtype=np.uint64)
+    is_like, partner = partners(rows)
+    together = found[is_like] == found[partner[is_like].astype(np.int64)]
+    num_dropped = int((found != mixed(rows, 10)).sum())
+    return seconds, float(together.mean()), num_dropped - int(is_like.sum())
+
+
+def bench_ray_data(folder: Path, num_rows: int) -> float:
+    """Seconds that Ray Data takes for the smallest uid of every key."""
+    import ray.data
+
+    lists, result = folder / "parquet", folder / "result"
+    lists.mkdir(parents=True)
+    step = max(1, num_rows // 20)
+    write = ray.remote(write_parquet)
+    ray.get([write.remote(str(lists), s, min(num_rows, s + step), num_rows) for s in range(0, num_rows, step)])
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    started = time.monotonic()
+    kept = (
+        ray.data.read_parquet(str(lists))
+        .groupby("key")
+        .aggregate(ray.data.aggregate.Min("uid"), ray.data.aggregate.Count())
+    )
+    kept.write_parquet(str(result))
+    seconds = time.monotonic() - started
+    rows = np.arange(num_rows, dtype=np.uint64)
+    expected = len(np.unique(contents(rows, num_rows)))
+    assert pq.ParquetDataset(str(result)).read(columns=["key"]).num_rows == expected
+    return seconds
+
+
+def say(name: str, value: float, unit: str) -> None:
+    print(f"{name}: {value:,.4g} {unit}" if value < 100 else f"{name}: {value:,.0f} {unit}", flush=True)
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--rows", type=int, default=10_000_000, help="of the comparison with Ray Data, and of near")
+    words.add_argument("--large", type=int, default=100_000_000, help="of the large run of exact")
+    words.add_argument("--only", default="exact,ray_data,near,large", help="some of these, with commas")
+    words.add_argument(
+        "--folder", help="where keys are written: 160 bytes a row; default: the folder for temporary files"
+    )
+    given = words.parse_args()
+    wanted = given.only.split(",")
+    top = Path(tempfile.mkdtemp(prefix="bench-dedup-", dir=given.folder))
+    try:
+        with ray_session(RayConfig(num_cpus=2)):
+            run(top, wanted, given.rows, given.large)
+    finally:
+        shutil.rmtree(top, ignore_errors=True)
+
+
+def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
+    seconds: dict[str, float] = {}
+    data = Dataset.make(top / "rows", num_rows)
+    warm(data)
+    if "exact" in wanted or "large" in wanted:
+        seconds["exact"] = bench_exact(data)
+        say("dedup.exact.rows_per_s", num_rows / seconds["exact"], "rows/s")
+    if "near" in wanted:
+        with watched() as memory:
+            seconds["near"], recall, beyond = bench_near(data)
+        say("dedup.near.rows_per_s", num_rows / seconds["near"], "rows/s")
+        print(f"dedup.near.recall_3bit: {recall:.7g}")
+        say("dedup.near.beyond_planted", beyond, "rows")
+        say("dedup.near.peak_rss_gib", memory.peak_bytes / 2**30, "GiB")
+    if "ray_data" in wanted:
+        seconds["ray_data"] = bench_ray_data(top / "ray_data", num_rows)
+        say("dedup.ray_data.rows_per_s", num_rows / seconds["ray_data"], "rows/s")
+        if "exact" in seconds:
+            say("dedup.exact.ratio_vs_ray_data", seconds["ray_data"] / seconds["exact"], "times")
+    shutil.rmtree(top / "rows")
+    if "large" in wanted:
+        large = Dataset.make(top / "large", num_large)
+        with watched() as memory:
+            seconds["large"] = bench_exact(large)
+        name = f"dedup.exact.{num_large // 1_000_000}M"
+        say(f"{name}.rows_per_s", num_large / seconds["large"], "rows/s")
+        say(f"{name}.peak_rss_gib", memory.peak_bytes / 2**30, "GiB")
+        say("dedup.exact.growth", seconds["large"] / seconds["exact"], "times")
+
+
+def warm(data: Dataset) -> None:
+    """Start Ray's two workers and have them import what the stages need."""
+
+    def work(path: str) -> int:
+        import pipeline.duplicates.near  # noqa: F401
+
+        return len(Path(path).read_bytes())
+
+    task: Callable[..., Any] = ray.remote(work)
+    path = str(data.folder / path_of(0))
+    ray.get([task.remote(path) for _ in range(4)])  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main()
