@@ -15,6 +15,7 @@ from cluster.run import open_run
 from cluster.session import ray_session, require_reachable
 from cluster.store import Store
 from pipeline.adopt import Base, MissingStage, RevisitStage, fetch_markers
+from pipeline.against import AgainstStage, known_shards, open_earlier
 from pipeline.balance.concepts import require_concepts
 from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
@@ -57,6 +58,7 @@ def build_command(config: BuildConfig) -> int:
 
 def open_inputs(config: BuildConfig) -> ReadStage | Base:
     """What a build begins with. RequestError when something is missing, unreadable or not what it has to be."""
+    open_earlier(config)
     return Base.of(config.base) if config.base is not None else ReadStage.of(config)
 
 
@@ -113,7 +115,9 @@ class Build:
         """
         config, store = self._config, self._store
         sources, fetched = self._revisit(read) if isinstance(read, Base) else self._fetch(read)
-        curated = curate(Context(config=config, store=store, run_stage=self._stage), fetched)
+        known, num_known = known_shards(config)
+        context = Context(config=config, store=store, run_stage=self._stage, known=known, num_known=num_known)
+        curated = curate(context, fetched)
         packed, recorded = self._write(curated)
         refuse_empty(total_counts(recorded), config.input)
         return make_manifest(store, config, list(sources.values()), list(packed.values()), recorded)
@@ -121,6 +125,12 @@ class Build:
     def _fetch(self, read: Any) -> tuple[dict[str, Marker], dict[str, Marker]]:
         """(markers of plan-read, of fetch)."""
         sources = self._stage(read)
+        if number := sum(marker.counts.get("hash_of_stored", 0) for marker in sources.values()):
+            logger.warning(
+                "%s imported images came without the sha256 of their download: theirs is of the stored bytes, as the "
+                "column hash_of_stored says; exact duplicates of them are found only among such images",
+                f"{number:,}",
+            )
         return sources, self._download(self._plan(sources))
 
     def _revisit(self, base: Base) -> tuple[dict[str, Marker], dict[str, Marker]]:
@@ -148,8 +158,14 @@ class Build:
 
     def _plan(self, sources: dict[str, Marker]) -> dict[str, Marker]:
         """The markers of plan-order."""
-        order = OrderStage.of(self._config, self._store, sources)
+        earlier = self._stage(self._against()) if self._config.against else {}
+        order = OrderStage.of(self._config, self._store, sources, earlier)
         return self._stage(order.with_rules(self._config.curate, self._stage))
+
+    def _against(self) -> AgainstStage:
+        stage = AgainstStage(datasets=open_earlier(self._config), seed=self._config.seed)
+        stage.refuse_changed(self._journal)
+        return stage
 
     def _download(self, ordered: dict[str, Marker]) -> dict[str, Marker]:
         """Stage fetch."""

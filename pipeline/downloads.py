@@ -141,8 +141,10 @@ def status_name(status: int) -> str:
     return {NO_ANSWER: "no answer", UNTOLD: "not told"}.get(status, f"HTTP {status}")
 
 
-def size_text(size_bytes: float) -> str:
-    """A number of bytes for people."""
+def size_text(size_bytes: float | None) -> str:
+    """A number of bytes for people; None is that of an imported image as somebody else has downloaded it."""
+    if size_bytes is None:
+        return "size not known"
     for unit in ("B", "KB", "MB", "GB"):
         if size_bytes < 1000:
             return f"{size_bytes:.3g} {unit}"

@@ -92,6 +92,12 @@ def tell(store: Store, found: Found) -> list[str]:
 
 
 def _download(row: dict[str, Any]) -> Iterator[str]:
+    if row.get("imported_from"):
+        yield f"  import      from {row['imported_from']}"
+        if row["detail"]:
+            yield f"              {row['detail']}"
+        yield from _image(row)
+        return
     if not row["attempts"]:
         yield "  download    none: decided before"
         return
@@ -107,6 +113,10 @@ def _download(row: dict[str, Any]) -> Iterator[str]:
         yield f"              sha256 {row['sha256']}"
     if row["detail"]:
         yield f"              {row['detail']}"
+    yield from _image(row)
+
+
+def _image(row: dict[str, Any]) -> Iterator[str]:
     if row["width"]:
         moving = ", animated (first frame taken)" if row["is_animated"] else ""
         yield (

@@ -4,7 +4,9 @@ Stage `plan-read`, one unit per source file (unit id `00000-<hash of name and si
     rows.parquet   sorted runs of PLANNED rows (below, with `order`), a bounded number of rows in memory
     source.json    {"path", "size_bytes", "sha256", "num_rows"}: the entry of `Manifest.sources`
     stamp.txt      the file's stamp when it was listed: tells whether its content has to be compared on resume
-    counts         rows (input rows), pairs (rows written), text_bytes (of all text in the input rows)
+    images.tar     images that an imported table holds itself, each where `import_offset` says; else not there
+    counts         rows (input rows), pairs (rows written), text_bytes (of all text in the input rows),
+                   hash_of_stored (imported rows without the sha256 of the download)
 Stage `plan-order`, one unit per range of the 64-bit order (unit id `00000`, ...):
     rows.parquet   PLANNED rows of the range in (order, uid) order; each row group is one fetch unit
     decisions.parquet   the verdicts of the rules that need no image (`rules.decisions.DECISIONS`), a row group a unit
@@ -29,11 +31,12 @@ The plan depends on the rows, the seed and the plan.* settings only: not on how 
 order, or the number of workers. (Extra columns of identical pairs are those of the first row of the first source.)
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +49,22 @@ from cluster.errors import RequestError
 from cluster.executor import Unit
 from cluster.journal import Journal, Marker, UnitOutput
 from cluster.store import Store
-from pipeline.config import BuildConfig
+from pipeline.against import num_known, runs_of
+from pipeline.config import PLAIN_SOURCE, BuildConfig
 from pipeline.identity import keys_of_text, order_of, range_bounds, uid_keys, uid_text
-from pipeline.readers import ListSchema, Source, list_schema, list_sources, local_copy, read_rows
+from pipeline.mixture import has_labels, source_weights, with_shares, without_caption, without_earlier
+from pipeline.readers import (
+    IMPORT,
+    Group,
+    ListSchema,
+    Source,
+    list_schemas,
+    list_sources,
+    local_copy,
+    read_imported,
+    read_rows,
+)
+from pipeline.readers.schema import HASH_OF_STORED
 from pipeline.reasons import Reason
 from pipeline.rules.base import Rule
 from pipeline.rules.captions import CAPTION_PAIRS
@@ -59,6 +75,7 @@ from pipeline.rules.frequency import Frequencies, count_captions, with_pairs
 from pipeline.rules.lists import copy_lists
 from pipeline.rules.screen import screen
 from pipeline.runs import read_range
+from pipeline.tar import TarWriter
 from pipeline.urls import url_problems
 
 RUN_ROWS = 262_144
@@ -91,7 +108,7 @@ class ReadStage:
     """Stage `plan-read`: a source file's rows, with identity and place, in sorted runs."""
 
     sources: tuple[Source, ...]
-    schema: ListSchema
+    schemas: tuple[ListSchema, ...]
     seed: int
     name: str = "plan-read"
     num_cpus: float = 1.0
@@ -100,8 +117,8 @@ class ReadStage:
     @staticmethod
     def of(config: BuildConfig) -> "ReadStage":
         """Look at the lists. Raises RequestError when one is missing, unreadable or lacks a column."""
-        sources = list_sources(config.input, config.read.format)
-        return ReadStage(sources=sources, schema=list_schema(sources, config.columns, config.read), seed=config.seed)
+        sources, groups = list_groups(config)
+        return ReadStage(sources=sources, schemas=list_schemas(sources, groups, config.read), seed=config.seed)
 
     def units(self) -> list[Unit]:
         return [
@@ -135,11 +152,15 @@ class ReadStage:
         with (
             local_copy(source) as (path, sha256),
             _writer(output.path("rows.parquet"), self._planned()) as writer,
+            contextlib.ExitStack() as stack,
         ):
-            batches = (self._plan(batch) for batch in read_rows(path, source, self.schema))
-            for run in _runs(batches):
+            images = None
+            if source.format == "images":
+                images = stack.enter_context(TarWriter(output.path("images.tar")))
+            for run in _runs(self._plan(batch) for batch in self._rows(path, source, sha256, images)):
                 ordered = collapse(run)
                 writer.write_table(ordered, row_group_size=READ_GROUP_ROWS)
+                output.count("hash_of_stored", _num_without_hash(run))
                 num_rows += run.num_rows
                 num_pairs += ordered.num_rows
                 text_bytes += _text_bytes(run)
@@ -150,31 +171,47 @@ class ReadStage:
         output.count("pairs", num_pairs)
         output.count("text_bytes", text_bytes)
 
+    def _rows(self, path: Path, source: Source, sha256: str, images: TarWriter | None) -> Iterator[pa.RecordBatch]:
+        schema = self.schemas[source.group]
+        if source.is_import:
+            return read_imported(path, source, schema, sha256, images)
+        return read_rows(path, source, schema)
+
     def _planned(self) -> pa.Schema:
-        return pa.schema([*PLANNED, *self.schema.fields()])
+        has_imports = any(source.is_import for source in self.sources)
+        return pa.schema([*PLANNED, *self.schemas[0].fields(), *(IMPORT if has_imports else ())])
 
     def _plan(self, batch: pa.RecordBatch) -> pa.Table:
         """Rows as they were read -> PLANNED rows, one for each."""
         urls = pc.utf8_trim_whitespace(batch.column("url"))
         urls = pc.if_else(pc.equal(urls, ""), pa.scalar(None, pa.string()), urls)
-        is_unreadable = batch.column("reason").is_valid()
-        keys = uid_keys(pc.if_else(is_unreadable, Reason.UNREADABLE_ROW.value, urls), batch.column("caption"))
-        reasons, details = url_problems(urls)
+        is_import = "import_file" in batch.schema.names
         none = len(urls)
+        if is_import:
+            keys = keys_of_text(batch.column("uid"))
+            reasons = details = pa.nulls(none, pa.string())
+        else:
+            is_unreadable = batch.column("reason").is_valid()
+            keys = uid_keys(pc.if_else(is_unreadable, Reason.UNREADABLE_ROW.value, urls), batch.column("caption"))
+            reasons, details = (pa.array(each, pa.string()) for each in url_problems(urls))
         columns = {
             "uid": uid_text(keys),
             "order": pa.array(order_of(keys, self.seed)),
             "url": urls,
             "caption": batch.column("caption"),
             "num_rows": pa.array(np.ones(none, np.int64)),
-            "reason": pc.coalesce(batch.column("reason"), pa.array(reasons, pa.string())),
+            "reason": pc.coalesce(batch.column("reason"), reasons),
             "rule": pa.nulls(none, pa.string()),
             "score": pa.nulls(none, pa.float64()),
             "threshold": pa.nulls(none, pa.float64()),
-            "detail": pc.coalesce(batch.column("detail"), pa.array(details, pa.string())),
+            "detail": pc.coalesce(batch.column("detail"), details),
         }
-        extras = {field.name: batch.column(field.name) for field in self.schema.fields()}
-        return pa.table({**columns, **extras}, schema=self._planned())
+        schema = self._planned()
+        for each in schema:
+            if each.name not in columns:
+                is_there = is_import or each.name not in IMPORT.names
+                columns[each.name] = batch.column(each.name) if is_there else pa.nulls(none, each.type)
+        return pa.table(columns, schema=schema)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,24 +225,38 @@ class OrderStage:
     memory_bytes: int
     rules: tuple[Rule, ...] = ()
     frequencies: Frequencies | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """of sources that are taken in part, see `pipeline.mixture`"""
+    has_labels: bool = False
+    earlier: tuple[str, ...] = ()
+    """what `plan-against` has written"""
     name: str = "plan-order"
     num_cpus: float = 1.0
 
     @staticmethod
-    def of(config: BuildConfig, store: Store, sources: Mapping[str, Marker]) -> "OrderStage":
-        """Plan from the markers of `plan-read`. Raises RequestError when the lists are empty or were changed."""
+    def of(
+        config: BuildConfig, store: Store, sources: Mapping[str, Marker], earlier: Mapping[str, Marker] | None = None
+    ) -> "OrderStage":
+        """Plan from the markers of `plan-read` and `plan-against`.
+
+        Raises RequestError when the lists are empty or were changed.
+        """
         _refuse_others(Journal(store).markers("plan-read"), list(sources))
         num_rows = sum(marker.counts["rows"] for marker in sources.values())
         if num_rows == 0:
             raise RequestError(f"input={', '.join(config.input)}: the lists have no rows")
         per_range = config.plan.rows_per_range
         text_bytes = sum(marker.counts["text_bytes"] for marker in sources.values())
+        known = num_known(earlier or {})
         return OrderStage(
             store=store,
             runs=tuple(marker.path_of("rows.parquet") for marker in sources.values()),
-            num_ranges=max(-(-num_rows // per_range), -(-text_bytes // RANGE_TEXT_BYTES)),
+            num_ranges=max(-(-num_rows // per_range), -(-text_bytes // RANGE_TEXT_BYTES), -(-known // per_range)),
             rows_per_unit=config.plan.rows_per_unit,
             memory_bytes=min(num_rows, per_range) * BYTES_PER_ROW + RUN_BYTES,
+            weights=source_weights(config),
+            has_labels=has_labels(config),
+            earlier=runs_of(earlier or {}),
         )
 
     def with_rules(self, config: CurateConfig, run_stage: Callable[[Any], Mapping[str, Marker]]) -> "OrderStage":
@@ -224,8 +275,10 @@ class OrderStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         first, last = unit.params["first"], unit.params["last"]
-        parts = [part for path in self.runs for part in read_range(self.store, path, first, last)]
-        table = collapse(pa.concat_tables(parts))
+        parts = [
+            _with_own_images(part, path) for path in self.runs for part in read_range(self.store, path, first, last)
+        ]
+        table = with_shares(self._without_earlier(collapse(pa.concat_tables(parts)), first, last), self.weights)
         known = self.frequencies.of_range(self.store, unit.params["index"]) if self.frequencies else None
         for name in ("rows", "pairs", "units"):
             output.count(name, 0)
@@ -235,12 +288,19 @@ class OrderStage:
         ):
             for start in range(0, table.num_rows, self.rows_per_unit):
                 rows = table.slice(start, self.rows_per_unit)
-                rows, judged = screen(rows if known is None else with_pairs(rows, known), self.rules)
+                spared = without_caption(rows) if self.has_labels else None
+                rows, judged = screen(rows if known is None else with_pairs(rows, known), self.rules, spared)
                 rows = rows.select(table.column_names)
                 writer.write_table(rows, row_group_size=rows.num_rows)
                 decisions.write_table(judged.decisions, row_group_size=max(1, judged.decisions.num_rows))
                 _count(rows, output)
                 judged.count(output)
+
+    def _without_earlier(self, table: pa.Table, first: int, last: int) -> pa.Table:
+        if not self.earlier:
+            return table
+        found = [part for path in self.earlier for part in read_range(self.store, path, first, last)]
+        return without_earlier(table, pa.concat_tables(found))
 
 
 def _count(rows: pa.Table, output: UnitOutput) -> None:
@@ -254,17 +314,63 @@ def _count(rows: pa.Table, output: UnitOutput) -> None:
 
 
 def collapse(table: pa.Table) -> pa.Table:
-    """PLANNED rows in (order, uid) order, equal uids made one: `num_rows` summed, the rest from the first of them."""
+    """PLANNED rows in (order, uid) order, equal uids made one: `num_rows` summed, the rest from the first of them.
+
+    Before others are those that come with their image, first where the hash of its download is known; last are those
+    that an import has not got.
+    """
     if table.num_rows == 0:
         return table
     keys = keys_of_text(table["uid"].combine_chunks())
-    by_place = np.lexsort((keys[:, 1], keys[:, 0], table["order"].to_numpy()))
+    rank = np.zeros(table.num_rows, np.int8)
+    if "import_size" in table.schema.names:
+        lacks = ("import_sha256", "import_size")
+        rank = sum(table[name].is_null().to_numpy() * 2**place for place, name in enumerate(lacks))
+        rank = rank + 4 * table["reason"].is_valid().to_numpy()
+    by_place = np.lexsort((rank, keys[:, 1], keys[:, 0], table["order"].to_numpy()))
     keys = keys[by_place]
     is_first = np.append(True, (keys[1:] != keys[:-1]).any(axis=1))
     firsts = np.flatnonzero(is_first)
     num_rows = np.add.reduceat(table["num_rows"].to_numpy()[by_place], firsts)
     kept = table.take(pa.array(by_place[firsts]))
     return kept.set_column(kept.schema.get_field_index("num_rows"), "num_rows", pa.array(num_rows, pa.int64()))
+
+
+def _num_without_hash(run: pa.Table) -> int:
+    """Imported rows whose downloaded bytes have no known hash."""
+    if HASH_OF_STORED not in run.schema.names or "import_size" not in run.schema.names:
+        return 0
+    return int(pc.sum(pc.and_(run[HASH_OF_STORED], pc.is_valid(run["import_size"]))).as_py() or 0)
+
+
+def _with_own_images(table: pa.Table, rows_path: str) -> pa.Table:
+    """Rows with the path of images that lie in the output of the unit that read them."""
+    if "import_file" not in table.schema.names:
+        return table
+    own = rows_path.removesuffix("rows.parquet") + "images.tar"
+    files = pc.if_else(pc.equal(table["import_file"], ""), own, table["import_file"])
+    return table.set_column(table.schema.get_field_index("import_file"), "import_file", files)
+
+
+def list_groups(config: BuildConfig) -> tuple[tuple[Source, ...], list[Group]]:
+    """Every file of every source, sources of the highest priority first, and how each group of them is read.
+
+    Raises RequestError when a file or folder is missing.
+    """
+    named = [(name, config.sources[name].priority) for name in config.sources]
+    places = [(PLAIN_SOURCE, 0)] * bool(config.input) + named
+    sources: list[Source] = []
+    groups: list[Group] = []
+    for name, _ in sorted(places, key=lambda place: -place[1]):
+        source = config.sources.get(name)
+        key = "input" if source is None else f"sources.{name}.input"
+        found = list_sources(config.input if source is None else source.input, config.read.format, key)
+        columns = config.columns if source is None else source.columns
+        for is_import in sorted({each.is_import for each in found}):
+            sources += [replace(each, group=len(groups)) for each in found if each.is_import == is_import]
+            label = None if source is None else source.label
+            groups.append(Group(columns=columns, name=name if config.sources else "", label=label))
+    return tuple(sources), groups
 
 
 def _runs(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:

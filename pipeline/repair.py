@@ -21,6 +21,7 @@ from cluster.progress import Progress
 from cluster.run import require_run
 from cluster.session import RayConfig, ray_session, require_reachable
 from cluster.store import Store
+from pipeline.against import known_shards
 from pipeline.config import BuildConfig, FetchConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context, Curated, RunStage
@@ -139,13 +140,14 @@ class Repair:
         planned = self.run_stage(PlanStage(store=self.store, groups=records, name=self._name("plan")))
         fetch = FetchStage.of(self.config, self.store, planned)
         fetched = self.run_stage(replace(fetch, name=self._name("fetch"), ledgers=self.ledgers))
+        earlier, num_earlier = known_shards(self.config, len(self.manifest.shards))
         context = Context(
             config=self.config,
             store=self.store,
             run_stage=self.run_stage,
             generation=self.number,
-            known=self.manifest.shards,
-            num_known=self.manifest.num_samples,
+            known=(*self.manifest.shards, *earlier),
+            num_known=self.manifest.num_samples + num_earlier,
         )
         packed, judged = self._write(curate(context, fetched))
         changes = tuple(

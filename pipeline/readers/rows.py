@@ -1,7 +1,7 @@
 """Rows of any list file as record batches of one schema."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def _read_parquet(path: Path, schema: ListSchema, batch_rows: int) -> Iterator[R
     with pq.ParquetFile(path) as file:
         names = [name for name in (schema.url, schema.caption, *schema.extras) if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_rows, columns=names):
-            columns = {name: _decoded(batch.column(name)) for name in names}
+            columns = {name: decoded_column(batch.column(name)) for name in names}
             bad = np.zeros(batch.num_rows, bool)
             for name in (schema.url, schema.caption):
                 columns[name], broken = _as_text(columns[name])
@@ -106,8 +106,29 @@ def _batch(columns: dict[str, pa.Array], num_rows: int, unreadable: list[str], s
         pa.concat_arrays(reasons),
         pa.nulls(num_rows + none, pa.string()),
     ]
-    arrays += [_extended(columns.get(name), num_rows, none, schema.types[name]) for name in schema.extras]
-    return pa.RecordBatch.from_arrays(arrays, names=["url", "caption", "reason", "detail", *schema.extras.values()])
+    extras = {output: columns[name] for name, output in schema.extras.items() if name in columns}
+    arrays += further_columns(extras, num_rows + none, schema)
+    return pa.RecordBatch.from_arrays(arrays, names=["url", "caption", "reason", "detail", *_names(schema)])
+
+
+def further_columns(extras: Mapping[str, pa.Array], num_rows: int, schema: ListSchema) -> list[pa.Array]:
+    """The further columns of all lists, in order: what this one has, its constants, and else nulls.
+
+    extras: by their names in the outputs; where one is shorter, nulls follow.
+    """
+    arrays = []
+    for field in schema.fields():
+        if field.name in schema.constants:
+            arrays.append(pa.array([schema.constants[field.name]] * num_rows, pa.string()))
+        else:
+            column = extras.get(field.name)
+            length = 0 if column is None else len(column)
+            arrays.append(_extended(column, length, num_rows - length, field.type))
+    return arrays
+
+
+def _names(schema: ListSchema) -> list[str]:
+    return [field.name for field in schema.fields()]
 
 
 def _extended(column: pa.Array | None, num_rows: int, num_nulls: int, kind: pa.DataType) -> pa.Array:
@@ -121,7 +142,8 @@ def _type_of(name: str, schema: ListSchema) -> pa.DataType:
     return pa.string() if name in (schema.url, schema.caption) else schema.types[name]
 
 
-def _decoded(column: pa.Array) -> pa.Array:
+def decoded_column(column: pa.Array) -> pa.Array:
+    """A parquet column without dictionaries, in the type in which it is written."""
     while pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column.cast(plain_type(column.type)) if column.type != plain_type(column.type) else column

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 
 from cluster.errors import RequestError
 from pipeline.config import ColumnsConfig, ReadConfig
+from pipeline.manifest import IMG2DATASET_COLUMNS, SAMPLE_COLUMNS
 from pipeline.readers import text
 from pipeline.readers.sources import Source, open_source
+from pipeline.readers.tables import require_import_columns
 
 RESERVED = frozenset(
     (
@@ -47,6 +49,8 @@ RESERVED = frozenset(
         *("attempts", "seconds", "duplicate_of", "unit", "shard", "error_message", "exif", "generation"),
         *("received_bytes", "dns_seconds", "connect_seconds", "tls_seconds", "first_byte_seconds"),
         *("http_version", "server_address", "phash", "phash_mirror", "sharpness", "md5", "sha512"),
+        *("imported_from", "import_file", "import_offset", "import_size", "import_sha256"),
+        *("import_width", "import_height"),
     )
 )
 """Names that a list's further columns may not have in the outputs; such columns are called `source_<name>` there."""
@@ -61,12 +65,33 @@ UNREADABLE = (
 )
 
 
+SOURCE, LABEL, HASH_OF_STORED = "source", "label", "hash_of_stored"
+"""Columns that a build adds: the name of a pair's source, its category, and whether its sha256 is of an imported
+image as it was stored, because nobody knows that of the bytes as they were downloaded."""
+
+# Columns of imported tables that mean something here: they do not travel as they are.
+_TOLD = frozenset(SAMPLE_COLUMNS) | {*IMG2DATASET_COLUMNS, *("md5", "sha512", "jpg", "png", "webp", HASH_OF_STORED)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Lists that are read alike: of one source, and either plain or imported.
+
+    name: of the source, "" if sources have no names. label: the column with categories.
+    """
+
+    columns: ColumnsConfig
+    name: str = ""
+    label: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ListSchema:
     """What a list's rows look like. extras: {name in the list: name in the outputs}, in output order.
 
     types: the Arrow type of each extra column by its name in the list. takes_all: the extras are all that there are.
-    infer_rows: how many rows of each JSON file were looked at to find them.
+    infer_rows: how many rows of each JSON file were looked at to find them. outputs: the further columns of all lists
+    together. constants: columns that have one value in all rows of this list.
     """
 
     url: str
@@ -75,37 +100,59 @@ class ListSchema:
     types: dict[str, pa.DataType]
     takes_all: bool
     infer_rows: int
+    outputs: tuple[pa.Field, ...]
+    constants: dict[str, str]
 
     def fields(self) -> list[pa.Field]:
-        """The extra columns as they are in the outputs."""
-        return [pa.field(output, self.types[name]) for name, output in self.extras.items()]
+        """The further columns as they are in the outputs, of this list and of all others."""
+        return list(self.outputs)
 
 
 def list_schema(sources: Sequence[Source], columns: ColumnsConfig, read: ReadConfig) -> ListSchema:
-    """The columns of all files together. Reads only their heads.
+    """`list_schemas` of lists that are all read alike."""
+    return list_schemas(sources, [Group(columns=columns)], read)[0]
+
+
+def list_schemas(sources: Sequence[Source], groups: Sequence[Group], read: ReadConfig) -> tuple[ListSchema, ...]:
+    """The schema of every group (`Source.group`), with the columns of all files together. Reads only their heads.
 
     Raises RequestError, naming the file, when one cannot be read, has no URL or caption column, or has a column of a
     type that does not go with the other files'.
     """
     with ThreadPoolExecutor(16) as pool:
         heads = list(pool.map(lambda source: _probe(source, read.infer_rows), sources))
-    filled = [(source, head.types) for source, head in zip(sources, heads, strict=True) if head is not None]
     if not any(head is not None and head.has_rows for head in heads):
         raise RequestError(f"input: no rows in {', '.join(source.name for source in sources[:3])}")
-    for source, head in filled:
-        _require_columns(source, head, columns)
-    wanted = _wanted(filled, columns)
-    types = {name: _unify(name, filled) for name in wanted}
-    outputs: dict[str, str] = {}
-    for name in wanted:
-        outputs[name] = _output_name(name, {*wanted, *outputs.values()})
-    return ListSchema(
-        url=columns.url,
-        caption=columns.caption,
-        extras=outputs,
-        types=types,
-        takes_all=columns.keep is None,
-        infer_rows=read.infer_rows,
+    filled = [(source, head.types) for source, head in zip(sources, heads, strict=True) if head is not None]
+    own = _added(filled, groups)
+    present: list[set[str]] = []
+    for index, group in enumerate(groups):
+        mine = [(source, head) for source, head in filled if source.group == index]
+        for source, head in mine:
+            _require_columns(source, head, group)
+        present.append(_present(mine, group))
+    _refuse_unknown_keeps(groups, present)
+    extras = [_outputs(_wanted(names, group), group, own) for names, group in zip(present, groups, strict=True)]
+    renamed = [
+        (source, {output: head[name] for name, output in extras[source.group].items() if name in head})
+        for source, head in filled
+    ]
+    names = list(dict.fromkeys(output for each in extras for output in each.values()))
+    types = {name: _unify(name, renamed) for name in names}
+    fields = [pa.field(name, types[name]) for name in names]
+    fields += [pa.field(name, kind) for name, kind in own.items() if name not in names]
+    return tuple(
+        ListSchema(
+            url=group.columns.url,
+            caption=group.columns.caption,
+            extras=each,
+            types={name: types[output] for name, output in each.items()},
+            takes_all=group.columns.keep is None,
+            infer_rows=read.infer_rows,
+            outputs=tuple(fields),
+            constants={SOURCE: group.name} if group.name else {},
+        )
+        for group, each in zip(groups, extras, strict=True)
     )
 
 
@@ -172,8 +219,12 @@ def _probe(source: Source, infer_rows: int) -> _Head | None:
 
 
 def _head(source: Source, infer_rows: int) -> _Head | None:
-    if source.format == "parquet":
+    if source.is_import and source.url == source.images:  # a tar without a table
+        return _Head(types={}, has_rows=True)
+    if source.format == "parquet" or source.is_import:
         with fsspec.open(source.url, "rb") as raw, pq.ParquetFile(raw) as file:
+            if source.is_import:
+                require_import_columns(source, file.schema_arrow)
             fields = [(field.name, plain_type(field.type)) for field in file.schema_arrow]
             return _Head(types=_distinct(source, fields), has_rows=file.metadata.num_rows > 0)
     with open_source(source) as file:
@@ -208,18 +259,22 @@ def _distinct(source: Source, fields: list[tuple[str, pa.DataType]]) -> dict[str
     return dict(fields)
 
 
-def _require_columns(source: Source, head: dict[str, pa.DataType], columns: ColumnsConfig) -> None:
-    for role, name in (("boxes", columns.boxes), ("hash", columns.hash)):
-        if name is not None and name not in head:
+def _require_columns(source: Source, head: dict[str, pa.DataType], group: Group) -> None:
+    columns = group.columns
+    for role, name in (("boxes", columns.boxes), ("hash", columns.hash), ("label", group.label)):
+        if name is not None and name not in head and not (source.is_import and role == "hash"):
             near = _nearest(name, [*head])
+            key = "label" if role == "label" else f"columns.{role}"
             raise RequestError(
                 f"{source.name}: no column {name}; it has {', '.join(head) or 'none'}; "
-                f"set columns.{role}={near or 'NAME'}, or leave it out"
+                f"set {key}={near or 'NAME'}, or leave it out"
             )
-    if source.format == "txt":
+    if source.format == "txt" or source.is_import:
         return
     for role, name in (("url", columns.url), ("caption", columns.caption)):
         if name not in head:
+            if role == "caption" and group.label is not None:
+                continue
             near = _nearest(name, [*head]) or _nearest({"caption": "text"}.get(role, role), [*head])
             hint = f"columns.{role}={near}" if near else f"columns.{role}=NAME"
             raise RequestError(f"{source.name}: no column {name}; it has {', '.join(head) or 'none'}; set {hint}")
@@ -229,19 +284,53 @@ def _require_columns(source: Source, head: dict[str, pa.DataType], columns: Colu
             )
 
 
-def _wanted(filled: list[tuple[Source, dict[str, pa.DataType]]], columns: ColumnsConfig) -> list[str]:
-    """The extra columns' names, sorted, so that the order of the files does not matter."""
-    present = {name for _, head in filled for name in head} - {columns.url, columns.caption}
-    if columns.keep is None:
-        return sorted(present)
-    for name in columns.keep:
-        if name not in present:
-            near = _nearest(name, sorted(present))
-            raise RequestError(
-                f"columns.keep: no file has a further column {name}; "
-                + (f"did you mean {near}?" if near else f"there are: {', '.join(sorted(present)) or 'none'}")
-            )
-    return sorted({*columns.keep})
+def _present(filled: list[tuple[Source, dict[str, pa.DataType]]], group: Group) -> set[str]:
+    """The extra columns' names."""
+    told = _TOLD if filled and filled[0][0].is_import else {group.columns.url, group.columns.caption}
+    return {name for _, head in filled for name in head} - told
+
+
+def _wanted(present: set[str], group: Group) -> list[str]:
+    """Those that travel, sorted, so that the order of the files does not matter."""
+    kept = present if group.columns.keep is None else present & {*group.columns.keep}
+    return sorted(kept | ({group.label} if group.label is not None else set()))
+
+
+def _refuse_unknown_keeps(groups: Sequence[Group], present: Sequence[set[str]]) -> None:
+    for group in groups:
+        alike = [names for other, names in zip(groups, present, strict=True) if other.columns is group.columns]
+        known = sorted({name for names in alike for name in names})
+        for name in group.columns.keep or []:
+            if name not in known:
+                near = _nearest(name, known)
+                raise RequestError(
+                    f"columns.keep: no file has a further column {name}; "
+                    + (f"did you mean {near}?" if near else f"there are: {', '.join(known) or 'none'}")
+                )
+
+
+def _added(filled: list[tuple[Source, dict[str, pa.DataType]]], groups: Sequence[Group]) -> dict[str, pa.DataType]:
+    """The columns that the build adds, by name."""
+    own = {}
+    if any(group.label is not None for group in groups):
+        own[LABEL] = pa.string()
+    if any(group.name for group in groups):
+        own[SOURCE] = pa.string()
+    imports = [(source, head) for source, head in filled if source.is_import]
+    if any(source.format != "pairmill" or HASH_OF_STORED in head for source, head in imports):
+        own[HASH_OF_STORED] = pa.bool_()
+    return own
+
+
+def _outputs(wanted: Sequence[str], group: Group, own: Mapping[str, pa.DataType]) -> dict[str, str]:
+    """{name in the list: name in the outputs}."""
+    outputs: dict[str, str] = {}
+    for name in wanted:
+        if name == group.label:
+            outputs[name] = LABEL
+        else:
+            outputs[name] = _output_name(name, {*wanted, *outputs.values()}, RESERVED | own.keys())
+    return outputs
 
 
 def _unify(name: str, filled: list[tuple[Source, dict[str, pa.DataType]]]) -> pa.DataType:
@@ -260,9 +349,9 @@ def _unify(name: str, filled: list[tuple[Source, dict[str, pa.DataType]]]) -> pa
     return pa.string() if pa.types.is_null(unified) else plain_type(unified)
 
 
-def _output_name(name: str, taken: set[str]) -> str:
+def _output_name(name: str, taken: set[str], reserved: frozenset[str]) -> str:
     output = name
-    while output in RESERVED or (output != name and output in taken):
+    while output in reserved or (output != name and output in taken):
         output = f"source_{output}"
     return output
 

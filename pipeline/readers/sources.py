@@ -32,6 +32,8 @@ FORMATS = {
     ".txt": "txt",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+IMPORTS = ("pairmill", "webdataset", "images", "files")
+"""Formats of datasets: pairmill's own, tars (with tables as img2dataset writes them), and img2dataset's others."""
 COPY_BYTES = 4 * 2**20
 BUFFER_BYTES = 2**18
 
@@ -41,6 +43,8 @@ class Source:
     """One file of a list. `url` opens it from any machine; `name` tells it apart and holds no absolute path.
 
     stamp: stays while the file is not written to (a time or the store's tag); another one may mean the same content.
+    images: URL of the tar or folder that holds the images of an imported dataset, which `format` names; such a list is
+    read by `readers.imported`. group: index of its schema among those of all lists.
     """
 
     url: str
@@ -49,17 +53,26 @@ class Source:
     compression: str
     size_bytes: int
     stamp: str
+    images: str = ""
+    group: int = 0
+
+    @property
+    def is_import(self) -> bool:
+        """Whether rows come with their images."""
+        return self.format in IMPORTS
 
 
-def list_sources(patterns: Sequence[str], format: str = "auto") -> tuple[Source, ...]:
+def list_sources(patterns: Sequence[str], format: str = "auto", key: str = "input") -> tuple[Source, ...]:
     """The files that names, globs and folders stand for: in the order given, folders and globs sorted, each once.
 
     Folders are searched for files of the formats above (all files when a format is given); names that begin with
-    "." or "_" are left out. Raises RequestError when a pattern stands for nothing or a format is not known.
+    "." or "_" are left out. A folder that is a dataset, and names of tars, stand for the dataset's shards unless a
+    format is given. Raises RequestError, naming the configuration key, when a pattern stands for nothing or a format is
+    not known.
     """
     found: dict[str, Source] = {}
     for pattern in patterns:
-        for source in _expand(pattern, format):
+        for source in _expand(pattern, format, key):
             found.setdefault(source.url, source)
     return tuple(found.values())
 
@@ -97,20 +110,24 @@ def local_copy(source: Source) -> Iterator[tuple[Path, str]]:
         yield copy, digest.hexdigest()
 
 
-def _expand(pattern: str, format: str) -> list[Source]:
+def _expand(pattern: str, format: str, key: str) -> list[Source]:
+    from pipeline.readers.datasets import find_dataset  # which makes sources
+
     try:
         fs, path = fsspec.core.url_to_fs(os.path.expanduser(pattern))
     except (ValueError, ImportError) as error:
-        raise RequestError(f"input={pattern}: cannot open this location: {error}") from None
+        raise RequestError(f"{key}={pattern}: cannot open this location: {error}") from None
     try:
+        if format == "auto" and (dataset := find_dataset(fs, str(path), f"{key}={pattern}")):
+            return dataset
         files, root, chosen = _search(fs, str(path), format)
         sources = [_describe(fs, file, root, format, chosen) for file in files]
     except RequestError:
         raise
     except Exception as error:  # each file system has errors of its own
-        raise RequestError(f"input={pattern}: cannot be listed: {_one_line(error)}") from None
+        raise RequestError(f"{key}={pattern}: cannot be listed: {_one_line(error)}") from None
     if not sources:
-        raise RequestError(f"input={pattern}: {_nothing(fs, str(path), chosen)}")
+        raise RequestError(f"{key}={pattern}: {_nothing(fs, str(path), chosen)}")
     return sources
 
 

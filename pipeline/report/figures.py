@@ -30,10 +30,11 @@ def histograms_html(sampled: Sampled) -> str:
     captions = np.array([len(text) for text in kept.column("caption").to_pylist()], np.float64)
     words = np.array([len(text.split()) for text in kept.column("caption").to_pylist()], np.float64)
     sharpness = _numbers(kept.column("sharpness").drop_null())
+    sizes = _numbers(kept.column("size_bytes").drop_null())  # not told of imported images
     figures = [
         histogram("Original size", "pixels", [("width", width), ("height", height)]),
         histogram("Aspect ratio", "width / height", [("", width / height)], log=True),
-        histogram("Size of the download", "KB", [("", _numbers(kept.column("size_bytes")) / 1000)], log=True),
+        histogram("Size of the download", "KB", [("", sizes / 1000)], log=True),
         histogram("Caption length", "characters", [("", captions)]),
         histogram("Caption length", "words", [("", words)]),
         histogram("Sharpness", "variance of the Laplacian", [("", sharpness)], log=True),
@@ -44,9 +45,14 @@ def histograms_html(sampled: Sampled) -> str:
 
 
 def histogram(title: str, unit: str, series: Sequence[tuple[str, Numbers]], *, log: bool = False) -> str:
-    """One histogram with a line per series; the longest 0.5 % at each end are put into the outermost bins."""
-    figure, axes = new_figure(4.4, 2.4)
+    """One histogram with a line per series; the longest 0.5 % at each end are put into the outermost bins.
+
+    Empty where there is nothing to show.
+    """
     values = np.concatenate([numbers for _, numbers in series])
+    if not len(values):
+        return ""
+    figure, axes = new_figure(4.4, 2.4)
     edges = _edges(values, log)
     for index, (name, numbers) in enumerate(series):
         counts, _ = np.histogram(np.clip(numbers, edges[0], edges[-1]), edges)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cluster.journal import UnitOutput
 from pipeline.rules.base import Rule, limit_of
+from pipeline.rules.captions import CAPTION_PAIRS
 
 _NAME = pa.dictionary(pa.int32(), pa.string())
 DECISIONS = pa.schema(
@@ -64,14 +65,23 @@ def _count(output: UnitOutput, name: str, rows: NDArray[np.bool_]) -> None:
         output.count(name, number)
 
 
-def judge(rows: pa.Table, row_numbers: NDArray[np.int64], rules: Sequence[Rule]) -> Judged:
+def judge(
+    rows: pa.Table,
+    row_numbers: NDArray[np.int64],
+    rules: Sequence[Rule],
+    spared: NDArray[np.bool_] | None = None,
+) -> Judged:
     """Apply every rule to every row. `rows` has the columns that the rules read, and uid.
 
-    row_numbers: [N] the rows' numbers in their unit. The decisions are in (rule, row) order.
+    row_numbers: [N] the rows' numbers in their unit. spared: [N] rows that no rule about captions
+    drops. The decisions are in (rule, row) order.
     """
     count = len(row_numbers)
     verdicts = [rule.judge(rows) for rule in rules]
     fails = np.array([~verdict.keep for verdict in verdicts], bool).reshape(len(rules), count)
+    if spared is not None:
+        about_captions = [index for index, rule in enumerate(rules) if {"caption", CAPTION_PAIRS} & {*rule.columns}]
+        fails[about_captions] &= ~spared
     blamed = np.where(fails.any(axis=0), fails.argmax(axis=0), -1) if len(rules) else np.full(count, -1)
     limits = [limit_of(rule) for rule in rules]
     of_rule = np.repeat(np.arange(len(rules)), count)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.rules.base import Rule
 from pipeline.rules.decisions import Judged, judge
@@ -11,13 +12,14 @@ from pipeline.rules.decisions import Judged, judge
 _VERDICT = ("reason", "rule", "score", "threshold", "detail")
 
 
-def screen(table: pa.Table, rules: Sequence[Rule]) -> tuple[pa.Table, Judged]:
+def screen(table: pa.Table, rules: Sequence[Rule], spared: NDArray[np.bool_] | None = None) -> tuple[pa.Table, Judged]:
     """(the rows of a fetch unit, those that a rule drops with reason, rule, score, threshold and detail; the verdicts).
 
-    Rows that have a reason already keep it and are not judged.
+    Rows that have a reason already keep it and are not judged. spared: [N] rows that no rule about captions drops.
     """
     open_rows = np.flatnonzero(table.column("reason").is_null().to_numpy())
-    judged = judge(table.take(pa.array(open_rows, pa.int64())), open_rows, rules)
+    rows = table.take(pa.array(open_rows, pa.int64()))
+    judged = judge(rows, open_rows, rules, None if spared is None else spared[open_rows])
     is_dropped = judged.blamed >= 0
     if not is_dropped.any():
         return table, judged
