@@ -6,9 +6,10 @@ bounded number in flight; `InlineExecutor` runs the same function in this proces
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import ray
 
@@ -22,7 +23,12 @@ from cluster.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-MAX_RETRIES_AFTER_CRASH = 5
+MAX_KILLS = 5
+"""How many workers an item may lose, whatever killed them."""
+MAX_KILLS_OF_PART = 2
+"""The same of a part of a unit that has lost all its workers."""
+MAX_NODE_DEATHS = 50
+"""How often an item is done again because its node has gone: that is not the item's fault."""
 INTERRUPT_CHECK_S = 1.0
 
 
@@ -57,11 +63,25 @@ class Stage(Protocol):
         """Do one unit: a pure function of committed inputs (and, when fetching, of the web's responses)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """In the place of a result: an item whose workers were killed `max_kills` times, and how it ended last."""
+
+    item: Any
+    error: Exception
+
+
 class Executor(Protocol):
     """Applies a function to items somewhere; results come as they finish."""
 
     def map_unordered(
-        self, function: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, memory_bytes: int
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        num_cpus: float,
+        memory_bytes: int,
+        max_kills: int = MAX_KILLS,
     ) -> Iterator[Any]: ...
 
 
@@ -69,15 +89,48 @@ class InlineExecutor:
     """One item after the other in this process."""
 
     def map_unordered(
-        self, function: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, memory_bytes: int
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        num_cpus: float,
+        memory_bytes: int,
+        max_kills: int = MAX_KILLS,
     ) -> Iterator[Any]:
         return map(function, items)
+
+
+_KILLED = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+)
+
+
+@dataclass(kw_only=True)
+class _Attempts:
+    """How it went with an item so far; `nodes` lived when it was sent out last."""
+
+    item: Any
+    num_kills: int = 0
+    num_node_deaths: int = 0
+    nodes: frozenset[str] = frozenset()
+
+    def may_go_on(self, error: Exception, max_kills: int) -> bool:
+        """Count a task that was killed; whether to try again."""
+        if isinstance(error, ray.exceptions.NodeDiedError) or not self.nodes <= _living_nodes():
+            self.num_node_deaths += 1
+        else:
+            self.num_kills += 1
+        logger.warning("a task was killed: %s", _told(error))
+        return self.num_kills < max_kills and self.num_node_deaths < MAX_NODE_DEATHS
 
 
 class RayExecutor:
     """Ray tasks, never more in flight than the cluster can run at once plus a few to hide scheduling.
 
-    A task whose worker or node dies is run again elsewhere; an error raised by the function is not retried.
+    A task whose worker or node dies is run again elsewhere; an error raised by the function is not retried. Ray would
+    do so itself, but without end where it kills a worker for want of memory, and without telling.
     is_local: this machine is the whole cluster and no node will ever join it.
     """
 
@@ -85,24 +138,39 @@ class RayExecutor:
         self._is_local = is_local
 
     def map_unordered(
-        self, function: Callable[[Any], Any], items: Sequence[Any], *, num_cpus: float, memory_bytes: int
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        *,
+        num_cpus: float,
+        memory_bytes: int,
+        max_kills: int = MAX_KILLS,
     ) -> Iterator[Any]:
-        remote = ray.remote(function).options(
-            num_cpus=num_cpus, memory=memory_bytes or None, max_retries=MAX_RETRIES_AFTER_CRASH
-        )
+        remote = ray.remote(function).options(num_cpus=num_cpus, memory=memory_bytes or None, max_retries=0)
         if items:
             self._check_fit(num_cpus, memory_bytes)
-        waiting = list(reversed(items))
-        in_flight: list[ray.ObjectRef] = []
+        waiting = deque(_Attempts(item=item) for item in items)
+        in_flight: dict[ray.ObjectRef, _Attempts] = {}
         try:
             while waiting or in_flight:
                 while waiting and len(in_flight) < _slots(num_cpus):
-                    in_flight.append(remote.remote(waiting.pop()))
-                ready, in_flight = ray.wait(in_flight, num_returns=1, timeout=INTERRUPT_CHECK_S)
+                    attempts = waiting.popleft()
+                    attempts.nodes = _living_nodes()
+                    in_flight[remote.remote(attempts.item)] = attempts
+                ready, _ = ray.wait(list(in_flight), num_returns=1, timeout=INTERRUPT_CHECK_S)
                 raise_if_interrupted()
                 raise_if_lost()
                 for reference in ready:
-                    yield _result(reference)
+                    attempts = in_flight.pop(reference)
+                    try:
+                        yield ray.get(reference)
+                    except _KILLED as error:
+                        if attempts.may_go_on(error, max_kills):
+                            waiting.append(attempts)  # behind the others, when there may be more memory
+                        else:
+                            yield Lost(item=attempts.item, error=error)
+                    except ray.exceptions.RayError as error:
+                        raise failed(error) from error
         finally:
             for reference in in_flight:
                 ray.cancel(reference, force=True)
@@ -141,18 +209,74 @@ def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Prog
             del markers[unit.id]
     missing = [unit for unit in units if unit.id not in markers]
     progress.start(stage.name, num_units=len(units), done=[markers[unit.id] for unit in units if unit.id in markers])
-    task = unit_task(stage, journal)
-    for marker in executor.map_unordered(task, missing, num_cpus=stage.num_cpus, memory_bytes=stage.memory_bytes):
+    task, lost = unit_task(stage, journal), list[Lost]()
+    needs: dict[str, Any] = {"num_cpus": stage.num_cpus, "memory_bytes": stage.memory_bytes}
+    for marker in executor.map_unordered(task, missing, max_kills=MAX_KILLS, **needs):
         if isinstance(marker, Exception):
             raise marker
+        if isinstance(marker, Lost):
+            lost.append(marker)
+            continue
         markers[marker.unit] = marker
         progress.advance(marker)
         raise_if_interrupted()
+    for each in lost:  # now nothing else asks for memory
+        markers[each.item.id] = run_divided(stage, each, journal, executor)
+        progress.advance(markers[each.item.id])
     if missing:
         journal.sweep(stage.name)
     progress.finish()
     journal.seen[stage.name] = {unit.id: markers[unit.id] for unit in units}
     return dict(journal.seen[stage.name])
+
+
+@runtime_checkable
+class Divisible(Stage, Protocol):
+    """A stage whose units can be done in parts."""
+
+    def halves(self, unit: Unit) -> Sequence[Unit]:
+        """Two units that together are this one, in order; none when it cannot be divided further."""
+
+    def join(self, parts: Sequence[Marker], output: UnitOutput) -> None:
+        """Write what the unit would have written, from its parts in order."""
+
+    def give_up(self, unit: Unit, output: UnitOutput) -> None:
+        """Write the output of a unit that cannot be done: what it is about has failed, for a reason of its own."""
+
+
+def run_divided(stage: Any, lost: Lost, journal: Journal, executor: Executor) -> Marker:
+    """The marker of a unit that kills its workers: it is halved until what kills them is alone, and given up.
+
+    Parts have markers of their own until the unit has its one. Raises RunError if the stage cannot be divided.
+    """
+    if not isinstance(stage, Divisible):
+        raise failed(lost.error) from lost.error
+    unit: Unit = lost.item
+    logger.warning("stage %s unit %s: killed too often; doing it in parts", stage.name, unit.id)
+    in_parts = replace(cast(Any, stage), name=f"{stage.name}-parts-{unit.id}")
+    parts = [part for half in stage.halves(unit) for part in _run_part(in_parts, half, journal, executor)]
+    with journal.attempt(stage.name, unit.id) as output:
+        stage.join(parts, output) if parts else stage.give_up(unit, output)
+        marker = journal.commit(stage.name, unit.id, output, inputs=unit.inputs)
+    for folder in ("journal", "work"):
+        journal.store.remove(f"{folder}/{in_parts.name}")
+    return marker
+
+
+def _run_part(stage: Any, part: Unit, journal: Journal, executor: Executor) -> list[Marker]:
+    """Markers of a part: one, or those of its own parts."""
+    task = unit_task(stage, journal)
+    needs: dict[str, Any] = {"num_cpus": stage.num_cpus, "memory_bytes": stage.memory_bytes}
+    (done,) = executor.map_unordered(task, [part], max_kills=MAX_KILLS_OF_PART, **needs)
+    if isinstance(done, Exception):
+        raise done
+    if isinstance(done, Marker):
+        return [done]
+    if halves := stage.halves(part):
+        return [marker for half in halves for marker in _run_part(stage, half, journal, executor)]
+    with journal.attempt(stage.name, part.id) as output:
+        stage.give_up(part, output)
+        return [journal.commit(stage.name, part.id, output)]
 
 
 def unit_task(stage: Stage, journal: Journal) -> Callable[[Unit], Marker | PairmillError]:
@@ -188,16 +312,23 @@ def unit_task(stage: Stage, journal: Journal) -> Callable[[Unit], Marker | Pairm
     return run_unit
 
 
-def _result(reference: ray.ObjectRef) -> Any:
-    """A task's result; what Ray itself reports (worker lost too often, out of memory, import error) as RunError."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RunError(
-            f"a Ray task failed and will not be tried again: {lines[-1] if lines else type(error).__name__}; "
-            "finished units are kept, run the same command to go on"
-        ) from error
+def failed(error: Exception) -> RunError:
+    """What Ray itself reports (workers lost too often, out of memory, import error), for people."""
+    return RunError(
+        f"a Ray task failed and will not be tried again: {_told(error)}; "
+        "finished units are kept, run the same command to go on"
+    )
+
+
+def _told(error: Exception) -> str:
+    """The one line of Ray's message that says most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    best = 0 if isinstance(error, ray.exceptions.OutOfMemoryError) else -1
+    return lines[best] if lines else type(error).__name__
+
+
+def _living_nodes() -> frozenset[str]:
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 def _slots(num_cpus: float) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from cluster.journal import Journal, Marker
+from cluster.store import is_elsewhere
 
 WHOLE_STAGE = "*"
 WHOLE_STAGE_FROM = 65
@@ -88,15 +89,17 @@ class _Known:
 
 
 def _references(value: Any, known: _Known) -> Iterator[Reference]:
-    """Every output that a value refers to: vouched files, markers, and paths into work/."""
+    """Every output of this run that a value refers to: vouched files, markers, and paths into work/."""
     if isinstance(value, str):
         if value.startswith("work/") and (found := known.resolve(value)):
             yield found
     elif isinstance(value, Marker):
         for output in value.outputs:
-            yield value.stage, value.unit, _base(output.path), output.sha256
+            if not is_elsewhere(output.path):
+                yield value.stage, value.unit, _base(output.path), output.sha256
     elif isinstance(value, VouchedFile):
-        yield value.stage, value.unit, _base(value.path), value.sha256
+        if not is_elsewhere(value.path):
+            yield value.stage, value.unit, _base(value.path), value.sha256
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from _references(each, known)

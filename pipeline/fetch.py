@@ -57,6 +57,7 @@ import pyarrow.parquet as pq
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
+from pipeline import split
 from pipeline.admission import admission_of
 from pipeline.claims import Claims
 from pipeline.config import BuildConfig, ColumnsConfig, FetchConfig, HashName, ImageConfig
@@ -160,14 +161,22 @@ class FetchStage:
         return [Unit(id=name, params={"path": path, "group": group}) for name, path, group in self.groups]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        with self.store.open(unit.params["path"]) as raw, pq.ParquetFile(raw) as file:
-            planned = file.read_row_group(unit.params["group"])
+        planned = split.planned_rows(self.store, unit)
         with TarWriter(output.path("images.tar")) as tar:
             outcomes = self.fetch_rows(planned, tar)
-        table = _with_outcomes(planned, outcomes)
+        table = with_outcomes(planned, outcomes)
         pq.write_table(table, output.path("rows.parquet"), compression="zstd")
         for name, number in count_fetched(table).items():
             output.count(name, number)
+
+    def halves(self, unit: Unit) -> Sequence[Unit]:
+        return split.halves(self.store, unit)
+
+    def join(self, parts: Sequence[Marker], output: UnitOutput) -> None:
+        split.join(self, parts, output)
+
+    def give_up(self, unit: Unit, output: UnitOutput) -> None:
+        split.give_up(self, unit, output)
 
     def fetch_rows(self, planned: pa.Table, tar: TarWriter) -> "list[Outcome]":
         """Fetch planned rows, or read their images where they are imported; kept ones go to the tar.
@@ -288,7 +297,7 @@ def _decoded(outcome: Outcome, result: Processed | ImageError, image_format: str
     return result
 
 
-def _with_outcomes(planned: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
+def with_outcomes(planned: pa.Table, outcomes: Sequence[Outcome]) -> pa.Table:
     """The FETCHED table: the plan's columns, the outcomes', the list's own."""
     columns: dict[str, Any] = {}
     for field in FETCHED:

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.errors import RunError
 from cluster.journal import Journal, Marker, marker_path
 from cluster.lineage import WHOLE_STAGE, output_sha256, stage_digest
+from cluster.store import is_elsewhere
 from pipeline.damage import Damage
 from pipeline.generations import generation_of
 from pipeline.manifest import FileInfo
@@ -77,7 +78,10 @@ def check_markers(stages: Mapping[str, StageState]) -> Iterator[Damage]:
 
 
 def vouched_files(stages: Mapping[str, StageState]) -> dict[str, tuple[FileInfo, tuple[str, str]]]:
-    """Every output by path, with the unit that vouches for it: of several, the one of the newest generation."""
+    """Every output by path, with the unit that vouches for it: of several, the one of the newest generation.
+
+    What lies in another dataset is for that one's `verify`.
+    """
     return {
         output.path: (
             FileInfo(path=output.path, size_bytes=output.size_bytes, sha256=output.sha256),
@@ -86,6 +90,7 @@ def vouched_files(stages: Mapping[str, StageState]) -> dict[str, tuple[FileInfo,
         for stage in stages.values()  # in order of generation
         for marker in stage.markers.values()
         for output in marker.outputs
+        if not is_elsewhere(output.path)
     }
 
 

@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.errors import PairmillError, RequestError, RunError
-from cluster.executor import Executor, Unit
+from cluster.executor import Executor, Lost, Unit, failed
 from cluster.journal import Journal, Marker, UnitOutput, file_sha256, marker_path
 from cluster.lineage import is_stale, lineage
 from cluster.progress import Progress
 from cluster.run import require_run
 from cluster.session import ray_session, require_reachable
 from cluster.store import Store
-from pipeline.build import Build
+from pipeline.build import Build, open_inputs
 from pipeline.config import BuildConfig
 from pipeline.damage import Damage
 from pipeline.fetch import FetchStage
@@ -37,7 +37,6 @@ from pipeline.manifest import FileInfo, Manifest
 from pipeline.plan import ReadStage
 from pipeline.refetch import CannotRestoreError, refetch
 from pipeline.repair import settings_of
-
 
 _REPAIR_PLAN = re.compile(r"(journal|work)/repair-\d+-plan/")
 
@@ -96,7 +95,8 @@ class Mending(Build):
     def mend(self) -> None:
         """Walk all stages of all generations. What was replaced is put back if the dataset would not be the same."""
         try:
-            manifest = self.first(self._lists())
+            base = self._config.base
+            manifest = self.first(self._lists() if base is None else open_inputs(self._config))
             while len(manifest.repairs) < len(self._manifest.repairs):
                 manifest = self.repair(manifest)
             if not self.refusals and manifest != self._manifest:
@@ -150,6 +150,8 @@ class Mending(Build):
         """Note what a task came to."""
         if isinstance(done, Exception):
             raise done
+        if isinstance(done, Lost):
+            done = Refusal(unit=done.item.unit.id, reason=str(failed(done.error)))
         if isinstance(done, Refusal):
             self.refusals.append(f"stage {stage}, unit {done.unit}: {done.reason}")
             return

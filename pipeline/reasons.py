@@ -84,6 +84,11 @@ class Reason(StrEnum):
     TRUNCATED_IMAGE = "truncated_image", "the image ends early"
     UNDECODABLE_IMAGE = "undecodable_image", "the image is damaged or of an unknown variant"
     TOO_MANY_PIXELS = "too_many_pixels", "the image has more pixels than allowed"
+    WORKER_KILLED = (
+        "worker_killed",
+        "the process that fetched it was killed again and again, as a rule for want of memory, with nothing else to do",
+        True,
+    )
     DECODER_CRASHED = "decoder_crashed", "decoding it crashed, took too long or too much memory"
     HASH_MISMATCH = "hash_mismatch", "the body does not have the hash that the list gives"
     BAD_BOXES = "bad_boxes", "the list's boxes to blur are not lists of four numbers"

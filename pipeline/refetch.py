@@ -25,6 +25,7 @@ from pipeline.fetch import FETCHED, FetchStage, count_fetched
 from pipeline.generations import generation_of
 from pipeline.manifest import FileInfo
 from pipeline.selection import extra_columns, read_table
+from pipeline.split import planned_rows
 from pipeline.tar import TarWriter
 
 ROWS, IMAGES = "rows.parquet", "images.tar"
@@ -48,8 +49,7 @@ def refetch(
     record: path of the unit's record if that is whole. shards: paths of shards that are whole. Raises
     CannotRestoreError where images are not to be had as they were.
     """
-    with journal.store.open(unit.params["path"]) as raw, pq.ParquetFile(raw) as file:
-        planned = file.read_row_group(unit.params["group"])
+    planned = planned_rows(journal.store, unit)
     if old is None and (adopted := _adopt(stage.name, unit, planned, journal)):
         return adopted
     judged = _read_record(journal.store, record, planned)

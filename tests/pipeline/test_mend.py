@@ -61,20 +61,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str, bool]] = {
     ),
     "flipped bit in a record": ("record/00003.parquet", flip_bit, "sha256 differs", True),
     "deleted record": ("record/00000.parquet", Path.unlink, "is missing", True),
-    "flipped bit in the plan": ("work/plan-order/00000.*/rows.parquet", flip_bit, "sha256 differs", True),
-    "flipped bit in the list": ("work/plan-read/00000-*/rows.parquet", flip_bit, "sha256 differs", True),
     "flipped bit in downloaded images": ("work/fetch/00000-00001.*/images.tar", flip_bit, "sha256 differs", True),
     "downloaded images deleted": ("work/fetch/00000-00002.*/images.tar", Path.unlink, "is missing", True),
     "flipped bit in downloaded rows": ("work/fetch/00000-00003.*/rows.parquet", flip_bit, "sha256 differs", False),
-    "flipped bit in the decisions": ("work/decide/00000-00004.*/kept.npy", flip_bit, "sha256 differs", True),
-    "flipped bit in the duplicates": ("work/dedup/00000.*/*.bin", flip_bit, "sha256 differs", True),
-    "a marker of plan-read removed": ("journal/plan-read/00000-*.json", Path.unlink, "marker is missing", False),
-    "a marker of plan-order removed": ("journal/plan-order/00000.json", Path.unlink, "marker is missing", False),
-    "a marker of fetch removed": ("journal/fetch/00000-00001.json", Path.unlink, "marker is missing", False),
-    "a marker of decide removed": ("journal/decide/00000-00001.json", Path.unlink, "marker is missing", False),
-    "a marker of dedup removed": ("journal/dedup/00000.json", Path.unlink, "marker is missing", False),
-    "a marker of pack removed": ("journal/pack/00001.json", Path.unlink, "marker is missing", False),
-    "a marker of record removed": ("journal/record/00000-00002.json", Path.unlink, "marker is missing", False),
     "flipped bit in a marker": ("journal/decide/00000-00002.json", flip_bit, "damaged", False),
     "announcement removed": ("journal/decide.json", Path.unlink, "is missing", False),
 }
@@ -95,6 +84,29 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(
     assert published(copy) == published(dataset)
     if is_all_back:
         assert contents(copy) == contents(dataset)
+
+
+@pytest.mark.parametrize("kind", ["marker", "output"])
+def test_every_stage_is_made_again(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    stages = sorted(path.name for path in (dataset / "journal").iterdir() if path.is_dir())
+    assert {"plan-read", "plan-order", "fetch", "decide", "pack", "record"} < set(stages)
+    for stage in stages:
+        folder = tmp_path / stage
+        shutil.copytree(dataset, folder)
+        if kind == "marker":
+            path = sorted((folder / "journal" / stage).iterdir())[0]
+            path.unlink()
+        else:
+            journal = Journal(Store(str(folder)))
+            path = folder / sorted(journal.markers(stage).items())[0][1].outputs[0].path
+            flip_bit(path)
+        assert main(["verify", str(folder), "--repair"]) == 0, (stage, capsys.readouterr().out)
+        assert f"{path}: " in capsys.readouterr().out
+        assert published(folder) == published(dataset), stage
+        if kind == "output" and (stage, path.name) != ("fetch", "rows.parquet"):
+            assert contents(folder) == contents(dataset), stage
 
 
 def test_flip_deletion_and_a_removed_marker_together(
