@@ -31,6 +31,8 @@ from pipeline.publish import make_manifest, publish, refuse_empty
 from pipeline.record import RecordStage, total_counts
 from pipeline.repair import Repair
 from pipeline.report import REPORT_FILE, write_report
+from pipeline.rules.require import require_rules
+from pipeline.rules.user import require_on_workers
 from pipeline.timings import Timing, add_timing, images_per_s, read_timings
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def build_command(config: BuildConfig) -> int:
         return _already_done(config)
     read = open_inputs(config)  # looks at the lists: nothing is written when one is missing or unreadable
     require_usable(config)
+    require_rules(config.curate, config.output, read.columns() if isinstance(read, ReadStage) else None)
     require_concepts(config.balance)
     require_reachable(config.ray)
     run = open_run(config.output, "build", config)
@@ -50,6 +53,7 @@ def build_command(config: BuildConfig) -> int:
     if not config.fetch.contact:
         logger.warning("fetch.contact is not set: sites cannot tell you when your requests trouble them")
     with ray_session(config.ray) as executor, Progress(title=f"build {run.store.url}") as progress:
+        require_on_workers(config.curate, executor)
         manifest = Build(config, run.store, executor, progress).run(read)
     write_report(run.store)
     print_summary(run.store, manifest)

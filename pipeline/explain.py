@@ -1,9 +1,8 @@
 """`pairmill explain OUT UID|URL`: what became of a pair, stage by stage, read from what the build left."""
 
-import contextlib
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -14,12 +13,13 @@ import pyarrow.parquet as pq
 
 from cluster.config import REQUIRED, Config, key
 from cluster.errors import EXIT_DONE, RequestError
-from cluster.journal import Journal, Marker
+from cluster.journal import Journal
 from cluster.run import require_run
 from cluster.store import Store
-from pipeline.generations import record_markers, stage_name
+from pipeline.generations import record_markers
 from pipeline.readers.schema import RESERVED
-from pipeline.reasons import sentence
+from pipeline.reasons import Reason, sentence
+from pipeline.verdicts import Said, after_download, before_download, undone_steps
 
 UID = re.compile(r"[0-9a-f]{32}")
 MAX_HINTS = 3
@@ -72,23 +72,47 @@ def tell(store: Store, found: Found) -> list[str]:
     lines = [f"{row['url'] or '(no URL)'}", f"  caption     {row['caption']!r}", f"  uid         {row['uid']}"]
     repeated = f", {row['num_rows']} times the same" if row["num_rows"] > 1 else ""
     lines.append(f"  plan        in the lists{repeated}; fetch unit {found.unit}, order {row['order']:016x}")
+    before, after = before_download(store, row), after_download(store, row, found.unit)
+    lines += [f"  rule        {said}" for said in before]
     if found.stage == "plan-order":
         verdict = f"dropped: {_because(row)}" if row["reason"] else "waits for its download; the build is not finished"
         return [*lines, f"  result      {verdict}"]
     if number := row.get("generation"):
         lines.append(f"  repair      tried again by repair {number}; what follows is of then")
     lines += _download(row)
-    lines += _rules(store, found)
-    if row.get("duplicate_of"):
-        lines.append(f"  duplicate   {_twin(store, row['duplicate_of'])}")
-    if found.stage == "fetch":
-        done = f"dropped: {_because(row)}" if row["reason"] else "downloaded; the build is not finished"
-        return [*lines, f"  result      {done}"]
+    lines += [f"  rule        {said}" for said in after]
+    return lines + (_so_far(store, found) if found.stage == "fetch" else _result(store, row, (*before, *after)))
+
+
+def _result(store: Store, row: dict[str, Any], said: Sequence[Said]) -> list[str]:
+    """The end of the story of a pair in the record."""
     if row["status"] == "kept":
-        lines += [f"  duplicates  {line}" for line in _represented(store, row["uid"])]
         place = f"shards/{row['shard']:05}.tar, key {row['key']}"
-        return [*lines, f"  result      kept: {place}"]
+        return [*(f"  duplicates  {line}" for line in _represented(store, row["uid"])), f"  result      kept: {place}"]
+    lines = []
+    if row["rule"] and row["rule"] not in [verdict.rule for verdict in said]:
+        kind = "rule" if row["rule"].startswith("curate.") else "step"
+        lines.append(f"  {kind}        {Said.of(row)}")
+    if row["duplicate_of"]:
+        lines.append(f"  duplicate   {_twin(store, row['duplicate_of'], row['reason'])}")
     return [*lines, f"  result      dropped: {_because(row)}"]
+
+
+def _so_far(store: Store, found: Found) -> list[str]:
+    """The end of the story of a pair that is not in the record yet."""
+    row = found.row
+    if row["reason"]:
+        return [f"  result      dropped: {_because(row)}"]
+    decided = undone_steps(store, row["uid"], found.unit)
+    if decided is None:
+        return ["  result      downloaded; the build is not finished"]
+    said, twin = decided
+    if said is None:
+        return ["  result      will be kept; the dataset is not packed yet"]
+    lines = [f"  step        {said}"]
+    if twin:
+        lines.append(f"  duplicate   {_twin(store, twin, str(said.reason))}")
+    return [*lines, "  result      will be dropped; the dataset is not packed yet"]
 
 
 def _download(row: dict[str, Any]) -> Iterator[str]:
@@ -125,47 +149,26 @@ def _image(row: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _rules(store: Store, found: Found) -> Iterator[str]:
-    """Each rule's score beside its threshold: the plan's from the row, the image rules' from their decisions."""
-    row = found.row
-    verdicts = []
-    for decided in _decided(Journal(store), found):
-        table = _Table(stage="decide", unit=found.unit, path=decided.path_of("decisions.parquet"))
-        with contextlib.suppress(FileNotFoundError):  # work/ of a finished build may be removed
-            verdicts += table.rows(store, "uid", row["uid"])
-    if row["rule"] and row["score"] is not None and row["rule"] not in [verdict["rule"] for verdict in verdicts]:
-        verdicts.insert(0, {**row, "keep": False})
-    for verdict in verdicts:
-        outcome = "kept" if verdict["keep"] else f"dropped: {verdict['reason']}"
-        limit = ""
-        if verdict["threshold"] is not None:
-            limit = f" (keeps {_limit(verdict['rule'])} {verdict['threshold']:.6g})"
-        yield f"  rule        {verdict['rule']}: {verdict['score']:.6g}{limit}, {outcome}"
+_LIKENESS = {
+    Reason.DUPLICATE_BYTES: "same bytes as",
+    Reason.DUPLICATE_URL: "same URL as",
+    Reason.DUPLICATE_PAIR: "same bytes and caption as",
+    Reason.NEAR_DUPLICATE: "looks like",
+    Reason.SEMANTIC_DUPLICATE: "shows the same as",
+}
 
 
-def _decided(journal: Journal, found: Found) -> list[Marker]:
-    """The decide units that may have the pair's decisions: its own, or those of the repair that tried it last."""
-    if number := found.row.get("generation"):
-        return list(journal.markers(stage_name(number, "decide")).values())
-    marker = journal.marker("decide", found.unit)
-    return [marker] if marker else []
-
-
-def _limit(rule: str) -> str:
-    """Which scores a rule keeps, by its name: `curate.min_side_px`, `curate.max_aspect_ratio`."""
-    name = rule.rpartition(".")[2]
-    return "at least" if name.startswith("min_") else "at most" if name.startswith("max_") else "above"
-
-
-def _twin(store: Store, uid: str) -> str:
+def _twin(store: Store, uid: str, reason: str) -> str:
+    like = next((likeness for name, likeness in _LIKENESS.items() if name == reason), "represented by")
     for twin in find_pairs(store, uid):
         row = twin.row
-        return f"same bytes as uid {uid}, key {row['key']}: {row['url']} {row['caption']!r}"
-    return f"same bytes as uid {uid}"
+        key = f", key {row['key']}" if row.get("key") else ""
+        return f"{like} uid {uid}{key}: {row['url']} {row['caption']!r}"
+    return f"{like} uid {uid}"
 
 
 def _represented(store: Store, uid: str) -> Iterator[str]:
-    """The pairs that were dropped because this one has the same bytes."""
+    """The pairs that were dropped because this one is there."""
     for table in _tables(store):
         for row in table.rows(store, "duplicate_of", uid):
             yield f"represents uid {row['uid']}: {row['url']}"
@@ -190,7 +193,7 @@ class _Table:
         with store.open(self.path) as file:
             parquet = pq.ParquetFile(file)
             groups = range(parquet.num_row_groups) if self.row_group is None else [self.row_group]
-            own = [name for name in parquet.schema_arrow.names if name in RESERVED or self.stage == "decide"]
+            own = [name for name in parquet.schema_arrow.names if name in RESERVED]
             if column not in own:
                 return []
             keys = parquet.read_row_groups(list(groups), columns=[column])

@@ -126,6 +126,10 @@ class ReadStage:
             for index, source in enumerate(self.sources)
         ]
 
+    def columns(self) -> list[str]:
+        """The columns of the planned rows."""
+        return list(self._planned().names)
+
     def refuse_changed(self, journal: Journal) -> None:
         """Raise RequestError when an earlier run of the same build read other files than there are now.
 

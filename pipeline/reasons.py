@@ -1,9 +1,12 @@
 """Why a row is not in the dataset: one name per reason, the same in records, counts, reports and `explain`.
 
-Rows whose server answered with an error have the open-ended reason `http_<status>`, such as `http_404`.
+Open-ended are `http_<status>`, such as `http_404`, of rows whose server answered with an error, and `rule_<reason>` of
+those that one of the user's own rules drops.
 """
 
 from enum import StrEnum
+
+USER_REASON = "rule_"
 
 
 class Reason(StrEnum):
@@ -131,11 +134,13 @@ def is_transient(reason: str) -> bool:
     """Whether the same request may succeed later; others are never repeated."""
     if reason.startswith("http_"):
         return int(reason.removeprefix("http_")) in _TRANSIENT_HTTP
-    return Reason(reason).transient
+    return not reason.startswith(USER_REASON) and Reason(reason).transient
 
 
 def sentence(reason: str) -> str:
     """What a reason means, for people. Raises ValueError for a name that is none."""
     if reason.startswith("http_"):
         return f"the server answered with HTTP status {reason.removeprefix('http_')}"
+    if reason.startswith(USER_REASON):
+        return f"a rule of yours (curate.rules) does not keep it: {reason.removeprefix(USER_REASON).replace('_', ' ')}"
     return Reason(reason).sentence

@@ -90,11 +90,14 @@ class RecordStage:
         values: dict[str, list[Any]] = {name: column_list(table, name) for name in _VERDICT}
         for name in ("duplicate_of", "shard", "key"):
             values[name] = [None] * table.num_rows
+        fetched = column_list(table, "detail")
         failed = read_checked(self.store, decided.decisions).filter(pc.field("keep") == pc.scalar(False))
         for decision in reversed(failed.to_pylist()):  # the first rule that dropped a row is written last
+            row = decision["row"]
             for name in _VERDICT[1:]:
-                if name != "detail" or decision[name] is not None:
-                    values[name][decision["row"]] = decision[name]
+                values[name][row] = decision[name]
+            if decision["detail"] is None:
+                values["detail"][row] = fetched[row]
         for step in self.drops:
             for drop in step.of_unit(self.store, decided.index):
                 row, score = drop["row"], float(drop["score"])

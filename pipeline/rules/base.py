@@ -78,7 +78,8 @@ _COMPARE = {"at_least": np.greater_equal, "at_most": np.less_equal, "above": np.
 
 def limit_of(rule: Rule) -> tuple[Keeps | None, float | None]:
     """(which scores a rule keeps, its threshold), None each for a rule without a number."""
-    return (rule.keeps, float(rule.threshold)) if isinstance(rule, ScoreRule) else (None, None)
+    keeps, threshold = getattr(rule, "keeps", None), getattr(rule, "threshold", None)
+    return (keeps, float(threshold)) if keeps is not None and threshold is not None else (None, None)
 
 
 def numbers(rows: pa.Table, column: str) -> Scores:

@@ -28,12 +28,14 @@ from pipeline.rules.images import (
 )
 from pipeline.rules.language import Language
 from pipeline.rules.lists import Entries
+from pipeline.rules.user import user_rules
 from pipeline.rules.words import BlockedWords
 
 
 def text_rules(config: CurateConfig, lists: Mapping[str, Entries]) -> tuple[Rule, ...]:
     """Those that are applied before the download; `lists` are the copies of `lists.copy_lists`."""
-    return (*_address_rules(lists), *_caption_rules(config, lists))
+    own = [rule for rule in user_rules(config) if not rule.needs_image]
+    return (*_address_rules(lists), *_caption_rules(config, lists), *own)
 
 
 def _address_rules(lists: Mapping[str, Entries]) -> tuple[Rule, ...]:
@@ -95,7 +97,8 @@ def image_rules(config: CurateConfig) -> tuple[Rule, ...]:
         rules.append(Information(threshold=config.min_bytes_per_pixel))
     if config.min_sharpness is not None:
         rules.append(Sharpness(threshold=config.min_sharpness))
-    return (*rules, *model_rules(config))
+    own = [rule for rule in user_rules(config) if rule.needs_image]
+    return (*rules, *model_rules(config), *own)
 
 
 def columns_of(rules: Sequence[Rule]) -> list[str]:

@@ -4,9 +4,9 @@ import re
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ConfigDict
 
-from cluster.config import Config, StringList, key
+from cluster.config import REQUIRED, Config, StringList, key
 from pipeline.models.spec import ModelName
 
 
@@ -19,6 +19,13 @@ SetList = Annotated[list[str | dict[str, Any]], BeforeValidator(_one_or_many)]
 
 LIST_KEYS = ("blocked_words", "blocked_urls", "allowed_urls", "blocked_hosts", "allowed_hosts")
 _LIST = "file:PATH in their place is a file with one a line"
+
+
+class RuleUse(Config):
+    """One of the user's own rules; what stands beside `use` are its parameters."""
+
+    model_config = ConfigDict(extra="allow")
+    use: str = key(REQUIRED, "package.module:Class", min_length=1)
 
 
 class CurateConfig(Config):
@@ -95,6 +102,11 @@ class CurateConfig(Config):
     )
     min_sharpness: float | None = key(
         None, "images whose Laplacian has a smaller variance are dropped (blurred: a few; sharp: hundreds)", gt=0
+    )
+    rules: list[RuleUse] | None = key(
+        None,
+        "your own rules by import path, with their parameters: [{use: my.module:NoWatermark, threshold: 0.3}] "
+        "(docs/curation.md)",
     )
     nsfw_model: ModelName | None = key(
         "yahoo-open-nsfw", "model that scores images: onnx:FILE, your.module:Class, ... (docs/curation.md)"

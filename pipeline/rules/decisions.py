@@ -109,5 +109,8 @@ def _texts(values: Sequence[str | None]) -> pa.StringArray:
 def _named(
     indices: NDArray[np.int64], names: Sequence[str | None], is_null: NDArray[np.bool_] | None = None
 ) -> pa.DictionaryArray:
-    """Names by their number, without a copy of each."""
-    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32(), mask=is_null), pa.array(names, pa.string()))
+    """Names by their number, without a copy of each. Those that are None are null."""
+    if None in names:
+        is_null = np.array([name is None for name in names])[indices]
+    texts = pa.array([name or "" for name in names], pa.string())
+    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32(), mask=is_null), texts)

@@ -96,6 +96,14 @@ def test_a_build_that_stopped_tells_what_it_knows(
     folder = tmp_path / "stopped"
     shutil.copytree(dataset, folder)
     shutil.rmtree(folder / "journal/record")
+    assert "will be kept; the dataset is not packed yet" in tell(capsys, folder, f"{site.url}/image/n9")
+    by_caption = uids(dataset)
+    one, other = sorted((by_caption["picture number 3"], by_caption["copy of 3"]))
+    story = tell(capsys, folder, other)
+    assert "step        dedup.exact, dropped: duplicate_bytes" in story
+    assert f"same bytes as uid {one}: " in story
+    assert "will be dropped; the dataset is not packed yet" in story
+    shutil.rmtree(folder / "journal/decide")
     assert "downloaded; the build is not finished" in tell(capsys, folder, f"{site.url}/image/n9")
     assert "dropped: http_404" in tell(capsys, folder, f"{site.url}/gone/g1")
     shutil.rmtree(folder / "journal/fetch")
