@@ -100,10 +100,12 @@ class InlineExecutor:
         return map(function, items)
 
 
+_NODE_DIED = (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError)
+"""The second: done, and a result too large to travel inline died with its node."""
 _KILLED = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
-    ray.exceptions.NodeDiedError,
+    *_NODE_DIED,
 )
 
 
@@ -118,7 +120,7 @@ class _Attempts:
 
     def may_go_on(self, error: Exception, max_kills: int) -> bool:
         """Count a task that was killed; whether to try again."""
-        if isinstance(error, ray.exceptions.NodeDiedError) or not self.nodes <= _living_nodes():
+        if isinstance(error, _NODE_DIED) or not self.nodes <= _living_nodes():
             self.num_node_deaths += 1
         else:
             self.num_kills += 1
