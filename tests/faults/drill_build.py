@@ -19,7 +19,7 @@ from store_proxy import StoreProxy
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 KINDS = {"worker": 0.4, "driver": 0.2, "raylet": 0.2, "s3": 0.15, "head": 0.05}
-BETWEEN_S, DOWN_S, JOIN_S = (0.5, 12.0), (0.2, 6.0), (0.0, 3.0)
+BETWEEN_S, DOWN_S, JOIN_S = (0.5, 9.0), (0.2, 6.0), (0.0, 3.0)
 WORKER_PATIENCE_S, STOP_PATIENCE_S, POLL_S = 40.0, 90.0, 0.1
 SETTINGS = (
     "fetch.allow_private_addresses=true",

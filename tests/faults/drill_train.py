@@ -127,7 +127,7 @@ class _Course:
         """The largest relative difference of a loss, of a run that is killed and goes on with other ranks."""
         self._start(f"s3://{BUCKET}/from-{before}-to-{after}", before)
         at_step = self._draw.randrange(NUM_STEPS // 4, NUM_STEPS // 2)
-        if not self._await(lambda: self._done_steps() >= at_step):
+        if not self._await(lambda: self._done_steps() >= at_step and self._has_checkpoint()):
             self._figures.promise(False, f"train: the run with {before} ranks came to no step {at_step}")
             return None
         self._kill_driver(after)
@@ -206,6 +206,11 @@ class _Course:
         with suppress(Exception):  # the store may be on its way up
             return read_progress(Store(self._output)) or {}
         return {}
+
+    def _has_checkpoint(self) -> bool:
+        with suppress(Exception):
+            return any(entry.path.count("/") == 1 for entry in Store(self._output).find("checkpoints"))
+        return False
 
     def _done_steps(self) -> int:
         return int(self._progress().get("done_steps", 0))
