@@ -1,10 +1,14 @@
 """Near-duplicates: exactly the pairs that comparing all with all finds, wherever samples lie."""
 
+import hashlib
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
@@ -17,7 +21,8 @@ from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates import components, hamming, near
-from pipeline.selection import Groups, representative_uid
+from pipeline.manifest import FileInfo, Shard
+from pipeline.selection import KNOWN, Groups, representative_uid
 
 Hashes = NDArray[np.uint64]
 DRAW = np.random.default_rng(7)
@@ -101,14 +106,29 @@ def cut(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(components, "MAX_EDGES", 0)
 
 
-def curated(store: Store, fetched: list[Marker], *dedup: str) -> Curated:
+def known_shard(path: Path, uids: list[int], hashes: list[int], mirrors: list[int]) -> Shard:
+    """A shard's table with no more than steps need, elsewhere."""
+    columns = {
+        "uid": [f"{uid:032x}" for uid in uids],
+        "url": [f"http://known.test/{uid}" for uid in uids],
+        "caption": ["known"] * len(uids),
+        "sha256": [hashlib.sha256(f"known {uid}".encode()).hexdigest() for uid in uids],
+    }
+    looks = {"phash": pa.array(hashes, pa.uint64()), "phash_mirror": pa.array(mirrors, pa.uint64())}
+    pq.write_table(pa.table(columns | looks), path)
+    file = FileInfo(path=str(path), size_bytes=path.stat().st_size, sha256="0" * 64)
+    return Shard(index=0, num_samples=len(uids), tar=file, parquet=file)
+
+
+def curated(store: Store, fetched: list[Marker], *dedup: str, known: tuple[Shard, ...] = ()) -> Curated:
     def run(stage: Any) -> dict[str, Marker]:
         sent = pickle.loads(pickle.dumps(stage))
         object.__setattr__(sent, "units", stage.units)
         return run_stage(sent, Journal(store), InlineExecutor(), Progress())
 
     config = parse(BuildConfig, ["input=list", "output=out", "dedup.exact=false", *dedup])
-    context = Context(config=config, store=store, run_stage=run)
+    num_known = sum(shard.num_samples for shard in known)
+    context = Context(config=config, store=store, run_stage=run, known=known, num_known=num_known)
     return curate(context, {marker.unit: marker for marker in fetched})
 
 
@@ -154,6 +174,31 @@ def test_components_are_those_of_comparing_all_with_all(store: Store, fetch: Any
         ways = [hashes[of - 1], mirrors[of - 1]] if mirror else [hashes[of - 1]]
         assert score == min(int(np.bitwise_count(hashes[uid - 1] ^ way)) for way in ways)
     assert done.drops[0].threshold == distance
+
+
+@pytest.mark.usefixtures("cut")
+def test_known_samples_represent_newcomers_and_stay(store: Store, fetch: Any, tmp_path: Path) -> None:
+    old, other = telling(30), telling(30)
+    new = np.concatenate([flipped(old[:4], 2), old[4:5], other[5:7], telling(3)])
+    new[9] = flipped(new[8:9], 1)[0]  # two newcomers that are near to each other alone
+    hashes, mirrors = [*old.tolist(), int(old[0])], [*other.tolist(), int(other[0])]
+    shard = known_shard(tmp_path / "known.parquet", list(range(100, 131)), hashes, mirrors)
+    done = curated(store, fetch_looks(fetch, new, telling(10)), "dedup.near_distance=3", known=(shard,))
+    representatives = {uid: of for uid, (of, _) in dropped(store, done).items()}
+    assert representatives == {1: 100, 2: 101, 3: 102, 4: 103, 5: 104, 6: 105, 7: 106, 10: 9}
+    assert {int(drop["of_unit"]) for step in done.drops for drop in step.of_group(store, 0)} >= {int(KNOWN)}
+
+
+def test_known_samples_of_which_hashes_are_absent_are_no_ones_duplicates(
+    store: Store, fetch: Any, tmp_path: Path
+) -> None:
+    shard = known_shard(tmp_path / "known.parquet", [100], [5], [5])
+    table = pq.read_table(shard.parquet.path).select(["uid", "url", "caption"])
+    pq.write_table(table, shard.parquet.path)
+    settings = ("dedup.exact=true", "dedup.near_distance=3")
+    done = curated(store, fetch_looks(fetch, telling(3), telling(3)), *settings, known=(shard,))
+    assert [str(step.reason) for step in done.drops] == ["duplicate_bytes", "near_duplicate"]
+    assert set(dropped(store, done)) == {2, 3}  # all have the same bytes
 
 
 @pytest.mark.usefixtures("cut")

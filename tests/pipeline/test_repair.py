@@ -199,6 +199,17 @@ def test_a_newcomer_never_displaces_a_sample(web: Web, built: Path) -> None:
     assert [row["url"] for row in samples(built)].count(new) == 0
 
 
+def test_a_newcomer_that_looks_like_a_sample_is_its_duplicate(web: Web, original: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert main(["build", *words(original, folder), "dedup.exact=false", "dedup.near_distance=3"]) == 0
+    web.is_well = True
+    assert main(["repair", str(folder)]) == 0
+    uid = next(row["uid"] for row in samples(folder) if row["url"] == f"{web.url}/image/n3")
+    assert verdicts(folder)[f"{web.url}/busy/n3"][1:5] == ("dropped", "near_duplicate", "dedup.near_distance", uid)
+    assert manifest_of(folder).num_samples == 22
+    assert is_whole(folder)
+
+
 def tried() -> list[str]:
     return [f"{kind}/{name}" for kind, name in ROWS if kind in ("busy", "worse", "moved")]
 
