@@ -88,7 +88,9 @@ class RayCluster:
     """A head and further nodes of one core each. environment: what their workers are to see."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str], num_nodes: int = 3) -> None:
-        self._folder, self._environment, self._num_nodes = folder, dict(environment), num_nodes
+        self._folder, self._num_nodes = folder, num_nodes
+        # Ray makes its workers yield to everybody else on the machine: fine, but for a drill with a time limit.
+        self._environment = {**environment, "RAY_worker_niceness": "0"}
         self._nodes: list[RayNode] = []
         self._num_started = 0
         self.address = ""
