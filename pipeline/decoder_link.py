@@ -26,12 +26,13 @@ START_TIMEOUT_S = 120
 WAIT_FACTOR = 6
 """How many times its processor time an image may take by the clock: a loaded machine is no reason to refuse it."""
 
-_SETTINGS = {
+SETTINGS = {
     "OPENBLAS_NUM_THREADS": "1",
     # Give images' memory back to the heap, not to the system: 50 page faults an image less.
     "MALLOC_MMAP_THRESHOLD_": str(2**26),
     "MALLOC_TRIM_THRESHOLD_": str(2**26),
 }
+"""Of the decoding processes' environment."""
 
 Result = tuple[Any, Processed | ImageError]
 """A body's token, and what became of it."""
@@ -104,7 +105,7 @@ class Host:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             pass_fds=theirs,
-            env=os.environ | _SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | SETTINGS | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # Ctrl-C is for the one who waits for us
         )
         os.close(shared)

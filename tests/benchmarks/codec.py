@@ -6,9 +6,12 @@ resized pixels, before they are encoded.
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import select
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import ImageConfig
+from pipeline.decoder_link import SETTINGS
 from pipeline.images import decode_resized, encode, process
 from pipeline.isolate import Decoders
 from pipeline.picture import Pixels
@@ -30,9 +34,31 @@ from pipeline.picture import Pixels
 Codec = Callable[[bytes], Any]
 
 
-def codec_rate(photos: Sequence[Path], mode: str, seconds: float) -> float:
-    """Images per second of processor time: decode, resize and encode, nothing measured of them."""
-    return _rates(photos, {mode: _ours(mode)}, seconds)[mode]
+def rates_alone(folder: Path, count: int, num_processes: int) -> dict[str, float]:
+    """Images per second of processor time of decoding, resizing and encoding alone: `exact`, `fast` and `opencv`.
+
+    In so many processes at once, each through the same photos, codec after codec, with the decoding processes' settings
+    of malloc. All of their time counts, not the best of it: it is compared with programs that are measured so.
+    """
+    command = [sys.executable, __file__, "--alone", str(folder), "--photos", str(count)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | SETTINGS) for _ in range(num_processes)
+    ]
+    told = [json.loads(process.communicate()[0]) for process in processes]
+    return {name: len(told) / sum(1 / rates[name] for rates in told) for name in told[0]}
+
+
+def _mean_rates(photos: Sequence[Path]) -> dict[str, float]:
+    cv2.setNumThreads(1)
+    bodies = [path.read_bytes() for path in photos]
+    rates = {}
+    for name, codec in {"exact": _ours("exact"), "fast": _ours("fast"), "opencv": _opencv}.items():
+        codec(bodies[0])
+        begun = time.process_time()
+        for body in bodies:
+            codec(body)
+        rates[name] = len(bodies) / (time.process_time() - begun)
+    return rates
 
 
 def psnr_db(photos: Sequence[Path], mode: str) -> float:
@@ -107,7 +133,11 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=3.0, help="of processor time for each codec")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--alone", type=Path, help="photos: tell only the rates of decoding, resizing and encoding")
     arguments = parser.parse_args()
+    if arguments.alone:
+        print(json.dumps(_mean_rates(sorted(arguments.alone.glob("*.jpg"))[: arguments.photos])))
+        return
     from photos import make_photos
 
     with tempfile.TemporaryDirectory(prefix="pairmill-") as folder:

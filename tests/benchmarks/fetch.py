@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parent))
-from codec import codec_rate, psnr_db
+from codec import psnr_db, rates_alone
 from meter import TreeMeter
 from photos import make_photos
 from static_web import StaticWeb, serve_folder
@@ -34,8 +34,7 @@ SEED = 20_261_122
 DISTINCT_PHOTOS = 500
 WARM_UP_ROWS = 16
 NUM_CORES = 2
-CODEC_PHOTOS = 100
-CODEC_SECONDS = 2.0
+PSNR_PHOTOS = 100
 CLIENT_TIMEOUT_S = 240
 PEER_THREADS = {"http": 16, "https": 32}
 """img2dataset's thread_count, tuned on this benchmark; docs/benchmarks.md has the rates of others."""
@@ -86,7 +85,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help=f"clients: {', '.join(client.name for client in CLIENTS)}")
     parser.add_argument("--set", action="append", default=[], help="further settings of pairmill, such as fetch.x=1")
     parser.add_argument("--threads", type=int, help="img2dataset's thread_count, if not the tuned one")
-    parser.add_argument("--codec-seconds", type=float, default=CODEC_SECONDS, help="CPU time for each mode in a round")
+    parser.add_argument("--codec-photos", type=int, default=DISTINCT_PHOTOS, help="for the codecs alone, in a round")
     parser.add_argument("--work", type=Path, help="where photos are kept for the next time; else a temporary folder")
     arguments = parser.parse_args()
     clients = [client for client in CLIENTS if not arguments.only or client.name in arguments.only]
@@ -101,10 +100,10 @@ def main() -> None:
         rounds, codecs = [], []
         for _ in range(arguments.rounds):
             rounds.append({client.name: bench.turn(client) for client in clients})
-            codecs.append({mode: codec_rate(photos[:CODEC_PHOTOS], mode, arguments.codec_seconds) for mode in MODES})
+            codecs.append(rates_alone(photos[0].parent, arguments.codec_photos, NUM_CORES))
         report(rounds)
         report_codec(rounds, codecs)
-        print(f"fetch.fast.psnr_db: {psnr_db(photos[:CODEC_PHOTOS], 'fast'):.2f} dB, resized pixels against mode exact")
+        print(f"fetch.fast.psnr_db: {psnr_db(photos[:PSNR_PHOTOS], 'fast'):.2f} dB, resized pixels against mode exact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,15 +224,23 @@ def report(rounds: Sequence[dict[str, Turn]]) -> None:
 
 
 def report_codec(rounds: Sequence[dict[str, Turn]], codecs: Sequence[dict[str, float]]) -> None:
-    """How fast a client is for each second of its processors, as a share of decoding, resizing and encoding alone."""
+    """A client's images per second of its processors, over those of decoding, resizing and encoding alone.
+
+    Of our own codec in the client's mode, and of the usual one: decode, INTER_AREA and encode with OpenCV.
+    """
+    for name in codecs[0]:
+        show(f"codec.{name}.images_per_cpu_s", [codec[name] for codec in codecs], "decode-resize-encode alone")
     for mode in MODES:
-        show(f"codec.{mode}.images_per_cpu_s", [codec[mode] for codec in codecs], "decode-resize-encode alone")
-        name = f"http.{mode}"
-        if name in rounds[0]:
-            shares = [turns[name].images_per_cpu_s / codec[mode] for turns, codec in zip(rounds, codecs, strict=True)]
-            show(f"fetch.{mode}.codec_efficiency", shares, "of the codec's rate a core", digits=3)
-            if mode == "exact":  # the default
-                show("fetch.codec_efficiency", shares, "the same", digits=3)
+        if f"http.{mode}" not in rounds[0]:
+            continue
+        rates = [turns[f"http.{mode}"].images_per_cpu_s for turns in rounds]
+        own, usual = (
+            [rate / codec[name] for rate, codec in zip(rates, codecs, strict=True)] for name in (mode, "opencv")
+        )
+        show(f"fetch.{mode}.codec_efficiency", own, "of our own codec's rate a core", digits=3)
+        show(f"fetch.{mode}.opencv_codec_efficiency", usual, "of the rate a core of the same with OpenCV", digits=3)
+        if mode == "exact":  # the default
+            show("fetch.codec_efficiency", own, "of our own codec's rate a core, mode exact", digits=3)
 
 
 def show(name: str, values: Sequence[float], unit: str, digits: int = 0) -> None:
