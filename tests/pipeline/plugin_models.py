@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+GREY = 127.5
 LOOKED_AT: list[int] = []
 """Number of images of each call."""
 
 
 class MeanColour:
-    """Embedding: the mean red, green and blue. Score: the mean red, 0 to 1."""
+    """Embedding: the mean red, green and blue beside grey. Score: the mean red, 0 to 1."""
 
     dimension = 3
 
@@ -21,10 +22,10 @@ class MeanColour:
         LOOKED_AT.append(len(images))
         if self._refuses_all or any(image.shape[1] == self._refuses_width for image in images):
             raise ValueError("an image that this model cannot do")
-        return np.stack([image.reshape(-1, 3).mean(axis=0) for image in images]) + 1
+        return np.stack([image.reshape(-1, 3).mean(axis=0) for image in images]) - GREY
 
     def score(self, images: Sequence[Any], captions: Sequence[str]) -> Any:
-        return (self.embed(images)[:, 0] - 1) / 255
+        return (self.embed(images)[:, 0] + GREY) / 255
 
 
 class WithTexts(MeanColour):

@@ -54,9 +54,6 @@ def apply(name: Any, ability: Ability, images: Sequence[Any], captions: Sequence
         ("yahoo-open-nsfw", "score_pairs", None),
         ({"use": "plugin_models:MeanColour", "colour": "red"}, "score", "unexpected keyword argument 'colour'"),
         ({"size": 3}, "score", "names no model"),
-        ("timm:vit_tiny_patch16_224", "embed", "without weights its outputs mean nothing; give timm:"),
-        ("open_clip:no-such-model:x.pt", "embed", "open_clip has no model no-such-model"),
-        ("pairmill:/no/such/run", "embed", "/no/such/run: holds no pairmill run"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused(name: Any, ability: Ability, said: str | None) -> None:
@@ -122,7 +119,7 @@ def test_a_model_without_scores_of_its_own_scores_pairs_by_cosine() -> None:
     scores = apply(
         "plugin_models:WithTexts", "score_pairs", [picture(250), picture(250)], ["a red wall", "the blue sea"]
     )
-    image = np.array([251, 11, 21.0])
+    image = np.array([250, 10, 20]) - 127.5
     for score, text in zip(scores[:, 0], ([1.001, 1e-3, 1e-3], [1e-3, 1e-3, 1.001]), strict=True):
         assert score == pytest.approx(image @ text / np.linalg.norm(image) / np.linalg.norm(text), abs=1e-6)
 
