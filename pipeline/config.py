@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from cluster.config import REQUIRED, Config, StringList, key
 from cluster.session import RayConfig
+from pipeline.about import AboutConfig
 from pipeline.addresses import is_network
 from pipeline.balance.config import BalanceConfig
 from pipeline.duplicates.config import DedupConfig
@@ -259,6 +260,7 @@ class BuildConfig(Config):
     models: ModelsConfig = key(ModelsConfig(), "models that look at images")
     balance: BalanceConfig = key(BalanceConfig(), "balance of concepts")
     pack: PackConfig = key(PackConfig(), "packing")
+    report: AboutConfig = key(AboutConfig(), "what people know of the dataset, for its card")
     ray: RayConfig = key(RayConfig(), "Ray")
 
     @model_validator(mode="after")

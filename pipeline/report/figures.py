@@ -71,11 +71,11 @@ def histogram(title: str, unit: str, series: Sequence[tuple[str, Numbers]], *, l
     return figure_html(figure, alt=f"{title}, {unit}")
 
 
-def bars_html(store: Store, sampled: Sampled, manifest: Manifest) -> str:
+def bars_html(sampled: Sampled, languages: Counter[str]) -> str:
     """Hosts of the sampled pairs that were kept, and the languages of all captions if they were told."""
     hosts = Counter(host_of(url) for url in sampled.kept.column("url").to_pylist())
     figures = [bars("Hosts of kept samples", hosts.most_common(NUM_BARS), hosts.total())]
-    if languages := count_languages(store, sampled, manifest):
+    if languages:
         figures.append(bars("Languages of captions", languages.most_common(NUM_BARS), languages.total()))
     return f'<div class="figures">{"".join(figures)}</div>'
 

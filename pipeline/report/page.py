@@ -1,7 +1,8 @@
 """The page and its sections, in order."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -13,15 +14,18 @@ from cluster.journal import Journal
 from cluster.report import SECTIONS_FILE, Card, Section, cards_html, environment, render_page, sections_json, table_html
 from cluster.run import read_run
 from cluster.store import Store
+from pipeline.about import AboutConfig
 from pipeline.config import BuildConfig
 from pipeline.downloads import Tally, Totals, size_text, status_name, tally_downloads
 from pipeline.generations import all_markers
 from pipeline.manifest import Manifest, read_manifest
+from pipeline.report.card import CARD_FILE, card_markdown
+from pipeline.report.croissant import CROISSANT_FILE, croissant_json
 from pipeline.report.curation import balance_html, evaluation_html, overlap_html, sweep_html
 from pipeline.report.data import TEMPLATES, Sampled, Step, sample_rows, steps_of
 from pipeline.report.dropped import dropped_html
 from pipeline.report.duplicates import Twins
-from pipeline.report.figures import bars_html, histograms_html
+from pipeline.report.figures import bars_html, count_languages, histograms_html
 from pipeline.report.pictures import Album
 from pipeline.report.semantic_map import map_html
 from pipeline.timings import images_per_s, read_timings
@@ -36,28 +40,42 @@ class ReportConfig(Config):
     """`pairmill report OUT`."""
 
     dataset: str = key(REQUIRED, "folder or URL of a finished dataset", min_length=1)
+    name: str | None = key(None, "what the card calls the dataset; null: report.name of the build", min_length=1)
+    about: str | None = key(None, "what the card says that it is for; null: report.about of the build")
+    license: str | None = key(None, "licence that the card gives; null: report.license of the build", min_length=1)
+    url: str | None = key(None, "where the dataset can be found; null: report.url of the build")
 
 
 def report_command(config: ReportConfig) -> int:
     """Write a dataset's report again and say where it is."""
     store, _ = read_manifest(config.dataset)
-    write_report(store)
+    write_report(store, config.model_dump(exclude={"dataset"}, exclude_none=True))
     print(f"report: {store.url_of(REPORT_FILE)}")
+    print(f"card: {store.url_of(CARD_FILE)}")
     return EXIT_DONE
 
 
-def write_report(store: Store) -> None:
-    """Make the page, and its sections for pages that join several reports."""
+def write_report(store: Store, said: Mapping[str, Any] | None = None) -> None:
+    """Make the page, its sections for pages that join several reports, the dataset card and croissant.json.
+
+    said: what `AboutConfig` has, where it is not as the build's configuration says.
+    """
     _, manifest = read_manifest(store.url)
-    sections = dataset_sections(store, manifest)
+    run = read_run(store) or {}
+    about = AboutConfig(**{**run.get("config", {}).get("report", {}), **(said or {})})
+    sampled = sample_rows(store)
+    languages = count_languages(store, sampled, manifest)
+    store.write_bytes(CARD_FILE, card_markdown(manifest, about, languages, str(run.get("pairmill", ""))))
+    store.write_bytes(CROISSANT_FILE, croissant_json(manifest, about))
+    sections = dataset_sections(store, manifest, sampled, languages)
     lead = f"{manifest.num_samples:,} image-text pairs in {store.url}"
     store.write_bytes(SECTIONS_FILE, sections_json(sections))
     store.write_bytes(REPORT_FILE, render_page("Dataset report", sections, lead=lead).encode())
 
 
-def dataset_sections(store: Store, manifest: Manifest) -> list[Section]:
+def dataset_sections(store: Store, manifest: Manifest, sampled: Sampled, languages: Counter[str]) -> list[Section]:
     """Every section of the page, in order."""
-    sampled, steps, album = sample_rows(store), steps_of(store, manifest), Album(store)
+    steps, album = steps_of(store, manifest), Album(store)
     twins = Twins(store=store, sampled=sampled)
     sections = {
         "Totals": _totals(store, manifest),
@@ -69,7 +87,7 @@ def dataset_sections(store: Store, manifest: Manifest) -> list[Section]:
         "Semantic similarity": sweep_html(store),
         "Evaluation sets": evaluation_html(album, sampled, manifest),
         "Balance": balance_html(store),
-        "Distributions": _note(sampled, "pairs") + histograms_html(sampled) + bars_html(store, sampled, manifest),
+        "Distributions": _note(sampled, "pairs") + histograms_html(sampled) + bars_html(sampled, languages),
         "Downloads": _downloads(store, sampled),
         "Speed": _speed(store),
         "Settings": _settings(store, manifest),
