@@ -113,8 +113,8 @@ class TimmModel:
         timm = import_timm()
         data: Any = importlib.import_module("timm.data")  # not all of it is typed
         torch.set_num_threads(threads)
-        brings_weights = name.startswith((LOCAL_FOLDER, HUB))
-        model = timm.create_model(name, pretrained=brings_weights, num_classes=0, checkpoint_path=weights or "")
+        file = {"file": weights} if weights else None  # its loader leaves the classifier out
+        model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=file)
         self._model = model.eval()
         self._prepare = data.create_transform(**data.resolve_data_config(model=model))
         self.dimension = self.embed([np.zeros((8, 8, 3), np.uint8)]).shape[1]
