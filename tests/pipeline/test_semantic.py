@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.duplicates.clusters as clusters_module
-from cluster.journal import Journal
+from cluster.config import validate
+from cluster.executor import InlineExecutor, run_stage
+from cluster.journal import Journal, Marker
+from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.__main__ import main
+from pipeline.config import BuildConfig
+from pipeline.curation.chain import curate
+from pipeline.curation.context import Context
 from pipeline.duplicates.clusters import assign, make_clusters
 from pipeline.duplicates.cosines import nearest_preferred
 from pipeline.duplicates.semantic import SWEEP, score_cluster, sweep, vector_dtype
-from pipeline.selection import KNOWN, NONE
+from pipeline.manifest import read_manifest
+from pipeline.selection import KNOWN, NONE, representative_uid
 
 HERE = Path(__file__).parent
 
@@ -175,3 +183,35 @@ def test_no_task_asks_a_model_again_for_another_threshold(build: Build, tmp_path
     assert LOOKED_AT == []
     kept = [sum(row["status"] == "kept" for row in records(tmp_path / name)) for name in ("first", "second")]
     assert kept[0] < kept[1]
+
+
+def test_newcomers_are_compared_with_the_samples_of_known_shards(
+    dataset: Path, store: Store, fetch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    known_store, manifest = read_manifest(str(dataset))
+    known = tuple(
+        replace(
+            shard,
+            tar=replace(shard.tar, path=known_store.full(shard.tar.path)),
+            parquet=replace(shard.parquet, path=known_store.full(shard.parquet.path)),
+        )
+        for shard in manifest.shards
+    )
+    plain = {"input": ["x"], "output": store.url, "dedup": {"semantic_similarity": 0.9999}}
+    plain["dedup"] |= {"semantic_model": "plugin_models:MeanColour", "exact": False}
+
+    def run(stage: Any) -> dict[str, Marker]:
+        return run_stage(stage, Journal(store), InlineExecutor(), Progress())
+
+    context = Context(
+        config=validate(BuildConfig, plain), store=store, run_stage=run, known=known, num_known=manifest.num_samples
+    )
+    fetched = {marker.unit: marker for marker in fetch([[{"uid": 1, "body": "n3"}, {"uid": 2, "body": "new"}]])}
+    curated = curate(context, fetched)
+    (drops,) = curated.drops
+    (drop,) = drops.of_unit(store, 0)
+    rows = [row for shard in known for row in pq.read_table(shard.parquet.path, columns=["uid", "url"]).to_pylist()]
+    (url,) = [row["url"] for row in rows if row["uid"] == representative_uid(drop)]
+    assert (drop["row"], drop["of_unit"], url.rpartition("/")[2]) == (0, KNOWN, "n3")
+    assert curated.num_kept == (1,)
