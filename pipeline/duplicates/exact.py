@@ -8,6 +8,8 @@ represents it then stands for all of them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
@@ -114,7 +116,7 @@ class DropsStage:
     def run(self, unit: Unit, output: UnitOutput) -> None:
         keys = read_partition(self.store, self.keys, unit.params["partition"], self.partitions, KEY)
         dropped, representatives = find_duplicates(keys)
-        is_new = dropped["unit"] != KNOWN
-        drops = make_drops(dropped[is_new], representatives[is_new])
+        is_new = np.flatnonzero(dropped["unit"] != KNOWN)
+        drops = make_drops(dropped.take(is_new), representatives.take(is_new))
         write_drops(output.path("drops.bin"), drops, self.groups)
         output.count("dropped", len(drops))

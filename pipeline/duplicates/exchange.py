@@ -60,7 +60,7 @@ def read_facts(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) ->
     parts = overlapped(store, lambda file: file.read(store), task["files"])
     facts = np.frombuffer(b"".join(parts), FACTS)
     is_living = living(store, facts["unit"], facts["row"], drops, task["group"])
-    return facts if is_living.all() else facts[is_living]
+    return facts if is_living.all() else facts.take(np.flatnonzero(is_living))
 
 
 def living(
@@ -98,7 +98,7 @@ def write_drops(path: Path, drops: Records, groups: Groups) -> None:
 
 def write_unit_drops(path: Path, drops: Records, first_unit: int, end_unit: int) -> None:
     """A group's drops, in any order, as `selection.Drops` has them: a bucket for each unit, ordered by row."""
-    drops = drops[np.argsort(_places(drops))]
+    drops = drops.take(np.argsort(_places(drops)))
     write_buckets(path, drops, drops["unit"].astype(np.int64) - first_unit, end_unit - first_unit)
 
 

@@ -86,8 +86,8 @@ def partition_of(hashes: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
 
 def find_duplicates(keys: Records) -> tuple[Records, Records]:
     """(dropped keys, the key that represents each of them): the smallest (rank, uid) of every key is kept."""
-    is_dropped, representatives = find_places(keys)
-    return keys[is_dropped], keys[representatives]
+    dropped, representatives = find_places(keys)
+    return keys.take(dropped), keys.take(representatives)
 
 
 def find_places(keys: Records) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -146,12 +146,11 @@ def write_keys(output: UnitOutput, keys: Records, partitions: int) -> None:
     repeats.bin   `DROP`, one bucket
     """
     dropped, representatives = find_places(keys)
-    repeats = make_drops(keys[dropped], keys[representatives])
+    repeats = make_drops(keys.take(dropped), keys.take(representatives))
     write_buckets(output.path("repeats.bin"), repeats, np.zeros(len(repeats), np.int64), 1)
-    is_best = np.ones(len(keys), bool)
-    is_best[dropped] = False
-    best = keys[is_best] if len(dropped) else keys
-    write_in_buckets(output.path("keys.bin"), best, partition_of(best["key_high"], partitions), partitions)
+    partition = partition_of(keys["key_high"], partitions)
+    partition[dropped] = partitions  # behind the last one: these are left out
+    write_in_buckets(output.path("keys.bin"), keys, partition, partitions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +184,7 @@ class KeysStage:
         output.count("rows", len(facts))
         output.count("without_key", len(facts) - int(has_key.sum()))
         if not has_key.all():
-            facts = facts[has_key]
+            facts = facts.take(np.flatnonzero(has_key))
         keys = make_keys(facts, *self.criterion.keys(facts), ranks(facts, self.prefer))
         write_keys(output, keys, self.partitions)
 
@@ -210,7 +209,7 @@ class KnownKeysStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         facts = read_known(self.store, unit.params["paths"])
-        facts = facts[self.criterion.has_key(facts)]
+        facts = facts.take(np.flatnonzero(self.criterion.has_key(facts)))
         keys = make_keys(facts, *self.criterion.keys(facts), np.zeros(len(facts), np.uint64))
         write_keys(output, keys, self.partitions)
         output.count("rows", len(keys))

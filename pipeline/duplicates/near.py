@@ -151,18 +151,18 @@ def write_looks(output: UnitOutput, facts: Records, rank: NDArray[np.uint64], lo
     output.count("rows", len(facts))
     output.count("without_hash", without)
     output.count("flat", len(facts) - without - int(telling.sum()))
-    facts, rank = facts[telling], rank[telling]
+    facts, rank = facts.take(np.flatnonzero(telling)), rank[telling]
     keys = make_keys(facts, facts["phash"], mixed(facts["phash"]), rank)
     dropped, representatives = find_places(keys)
-    repeats = make_drops(keys[dropped], keys[representatives], 0.0)
+    repeats = make_drops(keys.take(dropped), keys.take(representatives), 0.0)
     write_buckets(output.path("repeats.bin"), repeats, np.zeros(len(repeats), np.int64), 1)
     keys["key_low"] = facts["phash_mirror"]
     is_best = np.ones(len(keys), bool)
     is_best[dropped] = False
-    best = keys[is_best]
+    best = keys.take(np.flatnonzero(is_best))
     write_in_buckets(output.path("keys.bin"), best, part_of(best["key_high"], look.parts), look.parts)
     has_other_mirror = keys["key_low"][dropped] != keys["key_low"][representatives]
-    _write_points(output, best, keys[dropped[has_other_mirror]], look)
+    _write_points(output, best, keys.take(dropped[has_other_mirror]), look)
 
 
 def _write_points(output: UnitOutput, best: Records, others: Records, look: Look) -> None:
@@ -177,7 +177,7 @@ def _write_points(output: UnitOutput, best: Records, others: Records, look: Look
     for block in range(look.distance + 1):
         place = look.range_of(points["hash"], block).astype(np.uint16)
         order = np.argsort(place, kind="stable")  # by radix
-        parts.append(points[order])
+        parts.append(points.take(order))
         places.append(place[order])
     write_buckets(output.path("points.bin"), np.concatenate(parts), np.concatenate(places), look.num_places)
 
@@ -295,7 +295,7 @@ class MembersStage:
         known = labels(read_partition(self.store, self.labels, part, parts, EDGE))
         is_linked, component = lookup(images["key_high"], known)
         wanted = is_linked | _is_repeated(images["key_high"])
-        images, component = images[wanted], component[wanted]
+        images, component = images.take(np.flatnonzero(wanted)), component[wanted]
         members = np.empty(len(images), MEMBER)
         for name in KEY.names or ():
             members[name] = images[name]
@@ -331,7 +331,7 @@ class DropsStage:
         members = read_partition(self.store, self.members, unit.params["part"], self.look.parts, MEMBER)
         dropped, representatives = find_places(members)
         is_new = members["unit"][dropped] != KNOWN
-        left, right = members[dropped[is_new]], members[representatives[is_new]]
+        left, right = members.take(dropped[is_new]), members.take(representatives[is_new])
         drops = make_drops(left, right, distances(left, right, self.look.mirror))
         write_drops(output.path("drops.bin"), drops, self.groups)
         output.count("dropped", len(drops))
