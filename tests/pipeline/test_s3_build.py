@@ -110,3 +110,23 @@ def test_a_build_without_access_says_what_to_do_and_makes_nothing(
     assert "Traceback" not in said
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     assert Store(f"s3://{BUCKET}/no-access").find() == []
+
+
+def test_damage_on_s3_is_named_and_made_again(
+    s3: S3Server, words: Words, dataset: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = f"s3://{BUCKET}/damaged"
+    assert main(["build", *words(Path("unused"), f"output={output}")]) == 0
+    store = Store(output)
+    data = bytearray(store.read_bytes("shards/00000.tar"))
+    data[len(data) // 2] ^= 1
+    store.write_bytes("shards/00000.tar", bytes(data))
+    store.remove("shards/00001.parquet")
+    store.remove("journal/fetch/00000-00002.json")
+    capfd.readouterr()
+    assert main(["verify", output]) == 1
+    assert main(["verify", output, "--repair"]) == 0
+    told = capfd.readouterr().out
+    for path in ("shards/00000.tar", "shards/00001.parquet", "journal/fetch/00000-00002.json"):
+        assert told.count(f"{output}/{path}: ") == 2
+    assert published(output) == published(str(dataset))
