@@ -20,6 +20,7 @@ from pipeline.balance.concepts import require_concepts
 from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context, Curated
+from pipeline.dry_run import print_finished, print_outcome
 from pipeline.fetch import FetchStage
 from pipeline.generations import num_repairs
 from pipeline.ledgers import Ledgers, LocalLedgers, RayLedgers
@@ -54,9 +55,13 @@ def build_command(config: BuildConfig) -> int:
         logger.warning("fetch.contact is not set: sites cannot tell you when your requests trouble them")
     with ray_session(config.ray) as executor, Progress(title=f"build {run.store.url}") as progress:
         require_on_workers(config.curate, executor)
-        manifest = Build(config, run.store, executor, progress).run(read)
+        build = Build(config, run.store, executor, progress)
+        done = build.decide(read)[1] if config.curate.dry_run else build.run(read)
+    if isinstance(done, Curated):
+        print_outcome(config, run.store, done)
+        return EXIT_DONE
     write_report(run.store)
-    print_summary(run.store, manifest)
+    print_summary(run.store, done)
     return EXIT_DONE
 
 
@@ -84,6 +89,9 @@ def _already_done(config: BuildConfig) -> int:
         with contextlib.suppress(FileNotFoundError):  # work/ may be removed: then names and sizes have to do
             read.refuse_changed(run.journal)
     manifest = read_manifest(config.output)[1]
+    if config.curate.dry_run:
+        print_finished(config, run.store, manifest)
+        return EXIT_DONE
     if not run.store.exists(REPORT_FILE):
         write_report(run.store)
     print("already done; nothing was changed")
@@ -117,14 +125,18 @@ class Build:
 
         read: what `open_inputs` gives, or another stage with the markers of `plan-read`.
         """
+        sources, curated = self.decide(read)
+        packed, recorded = self._write(curated)
+        refuse_empty(total_counts(recorded), self._config.input)
+        return make_manifest(self._store, self._config, list(sources.values()), list(packed.values()), recorded)
+
+    def decide(self, read: Any) -> tuple[dict[str, Marker], Curated]:
+        """(markers of plan-read, what is kept): everything up to packing."""
         config, store = self._config, self._store
         sources, fetched = self._revisit(read) if isinstance(read, Base) else self._fetch(read)
         known, num_known = known_shards(config)
         context = Context(config=config, store=store, run_stage=self._stage, known=known, num_known=num_known)
-        curated = curate(context, fetched)
-        packed, recorded = self._write(curated)
-        refuse_empty(total_counts(recorded), config.input)
-        return make_manifest(store, config, list(sources.values()), list(packed.values()), recorded)
+        return sources, curate(context, fetched)
 
     def _fetch(self, read: Any) -> tuple[dict[str, Marker], dict[str, Marker]]:
         """(markers of plan-read, of fetch)."""

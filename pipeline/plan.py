@@ -11,7 +11,8 @@ Stage `plan-order`, one unit per range of the 64-bit order (unit id `00000`, ...
     rows.parquet   PLANNED rows of the range in (order, uid) order; each row group is one fetch unit
     decisions.parquet   the verdicts of the rules that need no image (`rules.decisions.DECISIONS`), a row group a unit
     counts         rows (input rows), pairs (distinct pairs = rows in the file), units (row groups),
-                   reason:<reason> (input rows that are dropped before any download), those of `Judged.count`
+                   reason:<reason> (input rows that are dropped before any download), those of `Judged.count`,
+                   pairs:<reason> (pairs dropped by no rule)
 
 PLANNED columns
     uid        string   32 hex digits, 128-bit hash of (url, caption)
@@ -312,9 +313,11 @@ def _count(rows: pa.Table, output: UnitOutput) -> None:
     output.count("units")
     output.count("pairs", rows.num_rows)
     output.count("rows", int(pc.sum(rows["num_rows"]).as_py()))
-    for reason, number in zip(rows["reason"].to_pylist(), rows["num_rows"].to_pylist(), strict=True):
+    for reason, rule, number in zip(*(rows[name].to_pylist() for name in ("reason", "rule", "num_rows")), strict=True):
         if reason is not None:
             output.count(f"reason:{reason}", number)
+            if rule is None:
+                output.count(f"pairs:{reason}")
 
 
 def collapse(table: pa.Table) -> pa.Table:

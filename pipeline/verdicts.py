@@ -43,7 +43,7 @@ class Said:
         return Said(
             rule=row["rule"],
             score=row["score"],
-            keeps=row["keeps"] if "keeps" in row else side,
+            keeps=row.get("keeps", side),
             threshold=row["threshold"],
             keep=bool(row.get("keep", False)),
             reason=row["reason"],

@@ -7,6 +7,7 @@ from typing import Any
 from cluster.errors import PairmillError
 from cluster.journal import Journal, Marker
 from cluster.store import Store
+from pipeline.against import known_shards
 from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context, Curated
@@ -23,7 +24,9 @@ def replayed(store: Store, config: BuildConfig) -> Curated | None:
     try:
         if _units(store, "fetch") - fetched.keys():
             return None
-        return curate(Context(config=config, store=store, run_stage=_finished(journal)), fetched)
+        known, num_known = known_shards(config)
+        context = Context(config=config, store=store, run_stage=_finished(journal), known=known, num_known=num_known)
+        return curate(context, fetched)
     except (_UnfinishedError, FileNotFoundError, PairmillError):
         return None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from cluster.store import Store
 from pipeline.models.rules import model_rules
 from pipeline.rules.addresses import AllowedHosts, AllowedUrls, BlockedHosts, BlockedUrls
 from pipeline.rules.base import Rule
@@ -16,7 +17,7 @@ from pipeline.rules.captions import (
     PersonTag,
     WordRepetition,
 )
-from pipeline.rules.config import CurateConfig
+from pipeline.rules.config import LIST_KEYS, CurateConfig
 from pipeline.rules.images import (
     AspectRatio,
     Blank,
@@ -30,12 +31,19 @@ from pipeline.rules.language import Language
 from pipeline.rules.lists import Entries
 from pipeline.rules.user import user_rules
 from pipeline.rules.words import BlockedWords
+from pipeline.workfile import WorkFile
 
 
 def text_rules(config: CurateConfig, lists: Mapping[str, Entries]) -> tuple[Rule, ...]:
     """Those that are applied before the download; `lists` are the copies of `lists.copy_lists`."""
     own = [rule for rule in user_rules(config) if not rule.needs_image]
     return (*_address_rules(lists), *_caption_rules(config, lists), *own)
+
+
+def named_text_rules(config: CurateConfig) -> tuple[Rule, ...]:
+    """The same to be named, not applied: with lists that are nowhere."""
+    nowhere = Entries(store=Store("memory://"), file=WorkFile(stage="", unit="", path="", sha256=""))
+    return text_rules(config, {name: nowhere for name in LIST_KEYS if getattr(config, name)})
 
 
 def _address_rules(lists: Mapping[str, Entries]) -> tuple[Rule, ...]:

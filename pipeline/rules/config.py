@@ -108,6 +108,12 @@ class CurateConfig(Config):
         "your own rules by import path, with their parameters: [{use: my.module:NoWatermark, threshold: 0.3}] "
         "(docs/curation.md)",
     )
+    dry_run: bool = key(
+        False,
+        "do everything up to packing and print what would be kept, by rule and step; the same command without it goes "
+        "on from there",
+        affects_result=False,
+    )
     nsfw_model: ModelName | None = key(
         "yahoo-open-nsfw", "model that scores images: onnx:FILE, your.module:Class, ... (docs/curation.md)"
     )

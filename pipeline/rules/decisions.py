@@ -48,13 +48,14 @@ class Judged:
     def count(self, output: UnitOutput) -> None:
         """Into the unit's marker: for every rule that drops something, how many pairs.
 
-        drops:<rule> of all, alone:<rule> of those that no other rule of this stage drops, both:<rule>+<rule> of those
-        that these two drop.
+        drops:<rule> of all, first:<rule> of those that no rule before it drops, alone:<rule> of those that no other
+        rule of this stage drops, both:<rule>+<rule> of those that these two drop.
         """
         num_failed = self.fails.sum(axis=0)
         names = [rule.name for rule in self.rules]
-        for name, fails in zip(names, self.fails, strict=True):
+        for index, (name, fails) in enumerate(zip(names, self.fails, strict=True)):
             _count(output, f"drops:{name}", fails)
+            _count(output, f"first:{name}", self.blamed == index)
             _count(output, f"alone:{name}", fails & (num_failed == 1))
         for one, other in combinations(range(len(names)), 2):
             _count(output, f"both:{names[one]}+{names[other]}", self.fails[one] & self.fails[other])

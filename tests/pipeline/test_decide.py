@@ -52,6 +52,7 @@ def test_every_rule_writes_a_row_for_every_downloaded_pair(store: Store, fetch: 
         "reason:image_too_small": 1,
         "kept": 1,
         "drops:curate.min_side_px": 1,
+        "first:curate.min_side_px": 1,
         "drops:curate.blank_threshold": 1,
         "both:curate.min_side_px+curate.blank_threshold": 1,
     }
