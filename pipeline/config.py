@@ -123,6 +123,14 @@ class FetchConfig(Config):
         affects_result=False,
         ge=0,
     )
+    max_busy_s: float = key(
+        900.0,
+        "longest that a unit has requests under way at one host in all, however slowly it answers; what is left of the "
+        "host is parked for `pairmill repair`",
+        unit="s",
+        affects_result=False,
+        gt=0,
+    )
     user_agent: str = key(
         "pairmill/0.1 (image-text dataset builder)",
         "who we say we are; sites address us by its first word",

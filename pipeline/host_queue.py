@@ -3,7 +3,8 @@
 A circuit breaker: after `fetch.host_failures` transient failures in a row, or one timeout of a host that has never
 answered, the host is *open*: one request at a time probes it, after ever longer waits. Its first success closes the
 breaker. After `fetch.retries` failed probes, or when it would make the unit wait longer than `fetch.max_wait_s` in all,
-the host is *given up*: what is left of it is parked, that is, ends with a transient reason.
+the host is *given up*: what is left of it is parked, that is, ends with a transient reason. So it is when the unit has
+been busy with it for `fetch.max_busy_s`, however well it answers.
 """
 
 from collections import deque
@@ -41,6 +42,9 @@ class HostQueue:
     num_failures: int = 0
     num_probes: int = 0
     waited_s: float = 0.0
+    busy_s: float = 0.0
+    """For how long requests were under way, up to `busy_since`."""
+    busy_since: float = 0.0
 
     def has_room(self, config: FetchConfig, now: float) -> bool:
         """Whether a request may start."""
@@ -53,6 +57,20 @@ class HostQueue:
         if not self.waiting or not self.has_room(config, now):
             return None
         return self.waiting.popleft() if not self.num_needs or self.waiting[0].is_needed else None
+
+    def begin(self, now: float) -> None:
+        """A request begins."""
+        if not self.num_active:
+            self.busy_since = now
+        self.num_active += 1
+
+    def end(self, config: FetchConfig, now: float) -> None:
+        """A request has ended; give up if the unit has been busy with the host for too long."""
+        self.num_active -= 1
+        self.busy_s += now - self.busy_since
+        self.busy_since = now
+        if self.busy_s > config.max_busy_s and not self.given_up:
+            self.given_up = Reason.HOST_UNAVAILABLE, f"not asked again: has kept the unit busy for {self.busy_s:.0f} s"
 
     def pause(self, seconds: float, config: FetchConfig, now: float) -> None:
         """Ask nothing for some time; give up if that would be too long in all."""

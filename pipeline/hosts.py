@@ -106,6 +106,11 @@ class Ledger:
         """Hosts that something is known of."""
         return len(self._hosts)
 
+    @property
+    def silent_s(self) -> float:
+        """For how long it will grant nothing."""
+        return max(0.0, self._silent_until - self._clock())
+
     def call(self, holder: str, asks: Mapping[str, Ask]) -> dict[str, Grant]:
         """Answer what one task says of some hosts; each answer renews the task's lease of that host."""
         now = self._clock()

@@ -198,7 +198,7 @@ class Downloader:
             job.attempts += 1
         transfer = self._idle.pop() if self._idle else Transfer(self._config, self._meter, self._admission)
         transfer.begin(job, host.addresses)
-        host.num_active += 1
+        host.begin(time.monotonic())
         self._transfers[transfer.curl] = transfer
         self._loop.add(transfer.curl)
 
@@ -232,7 +232,7 @@ class Downloader:
         assert transfer.job is not None
         self._idle.append(transfer)
         host = self._schedule.host(transfer.job.host)
-        host.num_active -= 1
+        host.end(self._config, now)
         self._admission.done(host.name, ended, now)
         return host
 

@@ -46,10 +46,14 @@ class Message(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The ledger's answer; `notes` has those questions that somebody has answered."""
+    """The ledger's answer; `notes` has those questions that somebody has answered.
+
+    silent_s: it was started again, and for so long it grants nothing to anybody.
+    """
 
     grants: dict[str, Grant]
     notes: dict[str, Note]
+    silent_s: float = 0.0
 
 
 class Notebook:
@@ -95,7 +99,7 @@ class Desk:
         for url, note in message.notes.items():
             self._notebook.keep(url, note)
         found = {url: known for url in message.questions if (known := self._notebook.get(url))}
-        return Answer(self._ledger.call(message.holder, message.asks), found)
+        return Answer(self._ledger.call(message.holder, message.asks), found, self._ledger.silent_s)
 
 
 def lease_of(config: FetchConfig) -> float:

@@ -68,6 +68,8 @@ class Turnstile:
         self._lines = [_Line() for _ in range(ledgers.num_shards)]
         self._notes: dict[str, Note | None] = {}
         self._notes_chars = 0
+        self._silent_until = 0.0
+        """Until then a ledger that was started again grants nothing: nobody's fault, so it is not counted as a wait."""
         self._num_ahead = 0
         """Hosts that are waited for and have no request under way; exact after a tour."""
         self._next_tour = 0.0
@@ -97,7 +99,9 @@ class Turnstile:
         if door.may_start(now):
             self._begin(door, url, now)
             return 0.0
-        waited_s = max(now - door.moved_at if not door.busy else 0.0, now - door.since if every_s else 0.0)
+        waited_s = max(
+            now - max(door.moved_at, self._silent_until) if not door.busy else 0.0, now - door.since if every_s else 0.0
+        )
         if waited_s > self._wait_s:
             door.waiting.discard(url)
             self._mark(host, now)
@@ -233,6 +237,8 @@ class Turnstile:
             line.dirty |= dict.fromkeys(told)
             line.due = now + FAILED_S
             return
+        if answer.silent_s:
+            self._silent_until = now + answer.silent_s
         for url, note in answer.notes.items():
             self._remember(url, note)
         for host, grant in answer.grants.items():

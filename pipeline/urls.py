@@ -11,7 +11,7 @@ from pipeline.reasons import Reason
 
 MAX_URL_CHARS = 8_192
 _PLAIN = r"^https?://[A-Za-z0-9]([A-Za-z0-9.-]{0,200}[A-Za-z0-9])?(:[0-9]{1,4})?(/[!$-;=?-Z_a-z~]*)?$"
-_CLEAN = re.compile(r"https?://([a-z0-9][a-z0-9.-]{0,200})(:[1-9][0-9]{0,3})?/[!$-;=?-Z_a-z~]*")
+_CLEAN = re.compile(r"https?://([a-z0-9](?:[a-z0-9.-]{0,200}[a-z0-9-])?)(:[1-9][0-9]{0,3})?/[!$-;=?-Z_a-z~]*")
 """Most URLs: they are sent as they are, if the host is not a number."""
 _KEPT = "!#$%&'()*+,-./:;=?@[]_~"
 """Characters of a path and query that are sent as they are; `%` because most URLs are quoted already."""
@@ -29,6 +29,8 @@ class UrlError(ValueError):
 
 def clean_url(text: str) -> str:
     """The URL as it is sent: no blanks around, IDN host in ASCII, other characters percent-encoded, no fragment.
+
+    A host's last dot is left out, so that `a.example.` and `a.example` are one host for every limit.
 
     User names and passwords are left out: a crawler has no business with whoever's they are. Numeric spellings of an
     IPv4 address (2130706433, 0x7f.1, 0177.0.0.1) become the usual one. Raises UrlError for another scheme, a missing
@@ -97,7 +99,8 @@ def _host(host: str) -> str:
             name = host.encode("idna").decode()
         except UnicodeError:
             raise UrlError(Reason.INVALID_URL, "the host is not a valid international name") from None
-    if len(name) > 253 or not all(char.isalnum() or char in "-._" for char in name):
+    name = name.removesuffix(".")
+    if not 0 < len(name) <= 253 or not all(char.isalnum() or char in "-._" for char in name):
         raise UrlError(Reason.INVALID_URL, "the host is not a valid name")
     return _address(name) if _ENDS_IN_NUMBER.search(name) else name
 

@@ -260,6 +260,23 @@ def test_waiting_is_bounded() -> None:
     assert all(isinstance(answer, float) and answer > 0 for answer in answers[:50])
 
 
+def test_the_silence_of_a_ledger_that_was_started_again_is_nobodys_wait(clock: Clock) -> None:
+    settings = config("fetch.timeout_s=150", "fetch.host_wait_s=300")
+    ledgers = SlowLedgers(settings)
+    begun = clock.now
+    for desk in ledgers.desks:
+        desk._ledger = Ledger(connections=8, requests_per_s=None, lease_s=302, silent_s=302, clock=clock)
+    gate = Turnstile(ledgers, settings)
+    while clock.now < begun + 320:
+        wait_s = gate.ask("u", "h", clock.now)
+        if not wait_s:
+            break
+        ledgers.answer()
+        clock.now += 0.1
+    assert wait_s == 0.0, "None would be host_busy"
+    assert clock.now > begun + 302
+
+
 def test_everybody_who_waits_for_a_host_is_told_at_the_same_time() -> None:
     settings = config("fetch.connections_per_host=1", "fetch.host_wait_s=5")
     ledgers = LocalLedgers(settings)

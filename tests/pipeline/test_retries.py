@@ -88,6 +88,21 @@ def test_a_timeout_of_a_host_that_never_answered_opens_the_breaker_at_once() -> 
     assert (slow.is_open, slow.is_down) == (False, False)
 
 
+def test_a_unit_is_busy_with_a_host_for_so_long_and_no_longer() -> None:
+    config = CONFIG.model_copy(update={"max_busy_s": 60})
+    host = HostQueue(name="a.example")
+    for start in (0.0, 100.0, 200.0):  # two requests side by side, 19 s, three times
+        for request in (0, 1):
+            host.begin(start + request)
+        for request in (0, 1):
+            host.end(config, start + request + 19)
+            host.succeeded()
+    assert (host.busy_s, host.given_up) == (60.0, None)
+    host.begin(300.0)
+    host.end(config, 301.0)
+    assert host.given_up == ("host_unavailable", "not asked again: has kept the unit busy for 61 s")
+
+
 def test_waits_asked_for_add_up_to_the_limit() -> None:
     host = HostQueue(name="a.example")
     host.pause(15, CONFIG, 0.0)
