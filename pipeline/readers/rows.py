@@ -86,11 +86,12 @@ def _read_parquet(path: Path, schema: ListSchema, batch_rows: int) -> Iterator[R
         for batch in file.iter_batches(batch_rows, columns=names):
             columns = {name: decoded_column(batch.column(name)) for name in names}
             bad = np.zeros(batch.num_rows, bool)
-            for name in (schema.url, schema.caption):
+            for name in {schema.url, schema.caption} & columns.keys():
                 columns[name], broken = _as_text(columns[name])
                 bad |= broken
             columns = {name: _cast(name, column, _type_of(name, schema)) for name, column in columns.items()}
-            captions = columns[schema.caption].filter(pa.array(bad)).fill_null("").to_pylist() if bad.any() else []
+            texts = columns.get(schema.caption, pa.nulls(batch.num_rows, pa.string()))
+            captions = texts.filter(pa.array(bad)).fill_null("").to_pylist() if bad.any() else []
             good = {name: column.filter(pa.array(~bad)) if bad.any() else column for name, column in columns.items()}
             yield good, batch.num_rows - len(captions), captions
 
