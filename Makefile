@@ -5,7 +5,7 @@ SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
 FAULTS_OUT ?= faults-out
 
-.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss clean
+.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss bench-robustness clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -39,6 +39,11 @@ bench-politeness: .venv/.installed  ## what limits per host over the cluster cos
 
 bench-loss: .venv/.installed  ## memory and time of the contrastive losses against dense ones; needs 15 GiB free and minutes
 	$(BIN)/python tests/benchmarks/loss.py
+
+bench-robustness: .venv/.installed  ## changed copies found by perceptual hash and embedding; PHOTOS=FOLDER for photographs; minutes
+	$(BIN)/pip install -q -c constraints.txt '.[bench]'
+	$(BIN)/python tests/benchmarks/robustness.py --table $(if $(PHOTOS),--photos $(PHOTOS))
+	$(BIN)/python tests/benchmarks/hash_variants.py $(if $(PHOTOS),--photos $(PHOTOS))
 
 clean:  ## remove the virtual environment and the outputs of demo and faults
 	rm -rf .venv build *.egg-info $(DEMO_OUT) $(FAULTS_OUT)
