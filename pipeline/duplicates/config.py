@@ -38,7 +38,7 @@ class DedupConfig(Config):
     semantic_model: ModelName | None = key(
         None,
         "model whose embeddings tell which images show the same: pairmill:RUN, open_clip:NAME:FILE, timm:NAME:FILE, "
-        "onnx:FILE, your.module:Class (docs/curation.md); null: none is asked",
+        "onnx:FILE, your.module:Class (docs/models.md); null: none is asked",
     )
     semantic_similarity: float | None = key(
         None,

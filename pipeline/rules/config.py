@@ -115,7 +115,7 @@ class CurateConfig(Config):
         affects_result=False,
     )
     nsfw_model: ModelName | None = key(
-        "yahoo-open-nsfw", "model that scores images: onnx:FILE, your.module:Class, ... (docs/curation.md)"
+        "yahoo-open-nsfw", "model that scores images: onnx:FILE, your.module:Class, ... (docs/models.md)"
     )
     max_nsfw_score: float | None = key(
         None, "images that nsfw_model scores higher are dropped (0: safe, 1: not); null: it is not asked"
