@@ -188,7 +188,9 @@ class _Course:
             elif status is not None:
                 self._stopped(status)
             newest = self._progress()
-            return newest.get("written", 0) > began and newest["done_steps"] >= newest["resumed_at"] + steps
+            if newest.get("written", 0) <= began:
+                return False
+            return newest["resumed_at"] + steps <= newest["done_steps"] < NUM_STEPS
 
         found = self._await(is_there)
         pause(self._draw, MOMENT_S, self._deadline)
