@@ -321,6 +321,16 @@ def test_waiting_for_a_retry_holds_up_nobody(web: Web) -> None:
     assert ended[-1].attempts == 2
 
 
+def test_a_host_that_answers_slowly_does_not_hold_a_unit_for_ever(web: Web) -> None:
+    config = FetchConfig(allow_private_addresses=True, connections_per_host=2, max_busy_s=0.6)
+    urls = [web.url(f"slow/0.25#{number}") for number in range(40)]
+    begun = time.monotonic()
+    reasons = Counter(response.reason for response in download(config, [*urls, web.url("jpg/1", "127.0.0.2")]))
+    assert time.monotonic() - begun < 4, "40 of them would take 5 s"
+    assert set(reasons) == {None, "host_unavailable"}
+    assert reasons[None] >= 5
+
+
 def test_slow_servers_are_timeouts(tmp_path: Path, web: Web) -> None:
     urls = [web.url("slow/30"), web.url("drip"), web.url("jpg/1")]
     limits = ("fetch.timeout_s=2.5", "fetch.connect_timeout_s=1", "fetch.min_speed_s=1", "fetch.retries=0")
