@@ -68,6 +68,11 @@ _KINDS = {
 }
 
 
+_PATHS = ("file", "weights", "run")
+"""Parameters of the kinds above that may be local paths."""
+_LOCAL_FOLDER = "local-dir:"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A model that can be used. key: the configuration key that names it. Small, and can be pickled.
@@ -138,7 +143,17 @@ def _parse(key: str, name: ModelName) -> tuple[str, dict[str, Any]]:
     if find_spec(kind.library) is None:
         raise RequestError(f"{key}={word}: {kind.library} is not installed; pip install '{kind.extra}'")
     parts = [rest] if rest.startswith(("local-dir:", "hf-hub:")) else rest.split(":", max(0, len(kind.parameters) - 1))
-    return kind.target, dict(zip(kind.parameters, filter(None, parts), strict=False)) | more
+    named = dict(zip(kind.parameters, filter(None, parts), strict=False)) | more
+    return kind.target, {name: _absolute(name, value) for name, value in named.items()}
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """A local path as workers find it, who may be in another folder."""
+    if isinstance(value, str) and value.startswith(_LOCAL_FOLDER):
+        return _LOCAL_FOLDER + os.path.abspath(value.removeprefix(_LOCAL_FOLDER))
+    if name in _PATHS and isinstance(value, str) and "://" not in value:
+        return os.path.abspath(os.path.expanduser(value))
+    return value
 
 
 def _import(said: str, target: str) -> Any:

@@ -1,24 +1,31 @@
 """Plug-in models: refused before any work, run once, one image that they cannot do costs one row."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.config import validate
 from cluster.errors import RequestError, RunError
 from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
+from pipeline.config import BuildConfig
 from pipeline.models.apply import Applied
+from pipeline.models.chosen import Models
 from pipeline.models.config import ModelsConfig
 from pipeline.models.images import BATCH_PIXELS, Stored, batches
+from pipeline.models.rules import IMAGE_TEXT, NSFW, model_rules
 from pipeline.models.spec import Ability, Model
 from pipeline.models.stages import Embedded, EmbedStage, ScoreStage, UnitImages
+from pipeline.rules.decisions import judge
 
 HERE = Path(__file__).parent
 
@@ -202,3 +209,52 @@ def test_a_model_that_fails_on_everything_ends_the_run(store: Store, fetch: Any)
         RunError, match=r"dedup.semantic_model=plugin_models:MeanColour: fails on every image.*cannot do"
     ):
         run_model(store, fetch([[{"uid": 1}]]), EmbedStage, name, "embed")
+
+
+def asked(tmp_path: Path, file: str, **curate: Any) -> BuildConfig:
+    plain = {"curate": {"max_nsfw_score": 0.5, "nsfw_model": {"use": f"onnx:{file}", "column": 0}, **curate}}
+    return validate(BuildConfig, {"input": ["x"], "output": str(tmp_path / "out"), **plain})
+
+
+def test_a_run_goes_on_with_the_models_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_onnx import write_mean_model
+
+    monkeypatch.chdir(tmp_path)
+    write_mean_model(tmp_path / "mean.onnx")
+    store, config = Store(str(tmp_path / "out")), asked(tmp_path, "mean.onnx")
+    began = Models.of(config)
+    assert began.nsfw is not None
+    assert json.loads(began.nsfw.parameters)["file"] == str(tmp_path / "mean.onnx")
+    began.pin(store)
+    Models.of(config).pin(store)
+    write_mean_model(tmp_path / "mean.onnx", side=5)
+    with pytest.raises(RequestError, match=r"curate.nsfw_model: its file or code is not what .* was begun with"):
+        Models.of(config).pin(store)
+
+
+def test_rows_that_no_model_could_score_stay_or_go_as_asked(tmp_path: Path) -> None:
+    scored = pa.table({NSFW: [0.9, 0.1, float("nan")], IMAGE_TEXT: [0.5, 0.1, 0.5], "uid": ["a", "b", "c"]})
+    settings = {"min_image_text_score": 0.2, "image_text_model": "plugin_models:WithTexts"}
+    reasons = {}
+    for unscored in ("keep", "drop"):
+        rules = model_rules(asked(tmp_path, "x", unscored=unscored, **settings).curate)
+        blamed = judge(scored, np.arange(3), rules).blamed.tolist()
+        reasons[unscored] = [None if rule < 0 else str(rules[rule].reason) for rule in blamed]
+    assert reasons["keep"] == ["image_unsafe", "caption_mismatch", None]
+    assert reasons["drop"] == ["image_unsafe", "caption_mismatch", "not_scored"]
+
+
+@pytest.mark.parametrize(
+    ("group", "settings", "said"),
+    [
+        ("curate", {"min_image_text_score": 0.2}, "set curate.image_text_model, which gives the scores"),
+        ("curate", {"max_nsfw_score": 0.2, "nsfw_model": None}, "set curate.nsfw_model"),
+        ("curate", {"evaluation_sets": "x", "evaluation_distance": None}, "set curate.evaluation_distance or"),
+        ("curate", {"evaluation_sets": "x", "evaluation_similarity": 0.9}, "set dedup.semantic_model"),
+        ("dedup", {"semantic_similarity": 0.9}, "set dedup.semantic_model, whose embeddings are compared"),
+    ],
+)
+def test_settings_that_miss_their_model_are_refused(group: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        validate(BuildConfig, {"input": ["x"], "output": "y", group: settings})
+    assert said in str(refused.value)
