@@ -8,7 +8,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,13 @@ def _row(pair: Pair, place: tuple[int, int] | None) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class Site:
-    """A web server on loopback whose paths mean what they say; see `_answer`. `delay_s` slows every answer."""
+    """A web server on loopback whose paths mean what they say; see `_answer`. `delay_s` slows every answer.
+
+    well: of the kinds `later` and `never`, which answer 503, those that give pictures by now.
+    """
 
     url: str
+    well: set[str] = field(default_factory=set)
     delay_s: float = 0.0
     num_requests: int = 0
 
@@ -150,7 +154,13 @@ def site() -> Iterator[Site]:
         def do_GET(self) -> None:
             here.num_requests += 1
             time.sleep(here.delay_s)
-            status, headers, body = answers.setdefault(self.path, _answer(self.path))
+            kind = self.path.split("/")[1]
+            if kind in ("later", "never"):
+                status, headers, body = (
+                    _answer(self.path.replace(kind, "image")) if kind in here.well else (503, {}, b"")
+                )
+            else:
+                status, headers, body = answers.setdefault(self.path, _answer(self.path))
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)

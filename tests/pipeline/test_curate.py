@@ -176,4 +176,37 @@ def test_markers_of_models_are_taken_over(dataset: Path, tmp_path: Path) -> None
     assert adopted.keys() == new.markers("fetch").keys()
     for unit, marker in adopted.items():
         assert new.store.read_bytes(marker.path_of("scores.npy")) == unit.encode()
-    assert json.loads((tmp_path / "new/manifest.json").read_text())["num_samples"] == 29
+    assert json.loads((tmp_path / "new/manifest.json").read_text())["num_samples"] == 28
+
+
+def test_what_a_repair_of_the_base_recovered_is_kept_and_repaired_further(
+    site: Any, words: Any, tmp_path: Path
+) -> None:
+    """The repair's samples stand behind the others; pairs that still fail can be repaired in the new dataset."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    lists = tmp_path / "list.csv"
+    rows = [*((f"image/r{n}", "short") for n in range(9)), *((f"later/l{n}", "it is long") for n in range(5))]
+    lists.write_text(
+        "url,caption\n" + "".join(f"{site.url}/{path},{text}\n" for path, text in (*rows, ("never/x", "x")))
+    )
+    hurried = ["fetch.retries=0", "fetch.host_failures=1000", "plan.rows_per_unit=4"]
+    assert main(["build", *words(old, f"input={lists}", *hurried)]) == 0
+    assert read_manifest(str(old))[1].counts == {"http_503": 6, "kept": 9}
+    site.well = {"later"}
+    assert main(["repair", str(old)]) == 0
+    assert read_manifest(str(old))[1].counts == {"http_503": 1, "kept": 14}
+    requests = site.num_requests
+    assert main(["curate", str(old), f"output={new}", "pack.samples_per_shard=6", "curate.max_caption_chars=10"]) == 0
+    assert site.num_requests == requests
+    store, manifest = read_manifest(str(new))
+    assert manifest.counts == {"http_503": 1, "kept": 14}
+    assert manifest.repairs == ()
+    assert verify(store, manifest) == []
+    again = tmp_path / "again"
+    assert main(["curate", str(new), f"output={again}", "curate.max_caption_chars=7"]) == 0
+    assert read_manifest(str(again))[1].counts == {"caption_too_long": 5, "http_503": 1, "kept": 9}
+    site.well = {"later", "never"}
+    assert main(["repair", str(new)]) == 0
+    assert read_manifest(str(new))[1].counts == {"kept": 15}
+    assert main(["curate", str(new), f"output={tmp_path / 'last'}", "curate.max_caption_chars=7"]) == 0
+    assert read_manifest(str(tmp_path / "last"))[1].counts == {"caption_too_long": 5, "kept": 10}
