@@ -167,6 +167,15 @@ class _Course:
         self._figures.promise(status == 0, f"train: {self._output} did not end in time")
         return status == 0
 
+    def _look_after_driver(self) -> None:
+        """A run that is done is compared, and the next begins; one that stopped is started again."""
+        if (status := self._driver.status()) == 0:
+            self._end_round()
+            self._round += 1
+            self._begin_round()
+        elif status is not None:
+            self._stopped(status)
+
     def _stopped(self, status: int | None) -> None:
         self._num_stops += 1
         self._diary.note("the training stopped", status=status, said=self._driver.said())
@@ -181,12 +190,7 @@ class _Course:
         steps, began = self._draw.randrange(1, MOMENT_STEPS), time.time()
 
         def is_there() -> bool:
-            if (status := self._driver.status()) == 0:
-                self._end_round()
-                self._round += 1
-                self._begin_round()
-            elif status is not None:
-                self._stopped(status)
+            self._look_after_driver()
             newest = self._progress()
             if newest.get("written", 0) <= began:
                 return False
@@ -219,6 +223,7 @@ class _Course:
 
     def _kill_rank(self) -> None:
         def has_killed() -> bool:
+            self._look_after_driver()
             ranks = [each for each in self._cluster.busy_workers() if "TrainWorker" in " ".join(each.cmdline())]
             if not ranks:
                 return False
