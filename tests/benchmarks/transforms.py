@@ -20,7 +20,7 @@ def encoded(image: Image.Image, format: str = "JPEG", quality: int = QUALITY) ->
     return buffer.getvalue()
 
 
-def reencode(image: Image.Image, draw: Draw, *, format: str, quality: int) -> bytes:
+def compress(image: Image.Image, draw: Draw, *, format: str, quality: int) -> bytes:
     return encoded(image, format, quality)
 
 
@@ -92,8 +92,8 @@ def _font(image: Image.Image) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 TRANSFORMS: dict[str, Transform] = {
-    **{f"jpeg_q{quality}": partial(reencode, format="JPEG", quality=quality) for quality in (90, 75, 50, 30)},
-    **{f"webp_q{quality}": partial(reencode, format="WEBP", quality=quality) for quality in (80, 30)},
+    **{f"jpeg_q{quality}": partial(compress, format="JPEG", quality=quality) for quality in (90, 75, 50, 30)},
+    **{f"webp_q{quality}": partial(compress, format="WEBP", quality=quality) for quality in (80, 30)},
     "resize_to_half": partial(scale, width=0.5, height=0.5),
     "resize_to_quarter": partial(scale, width=0.25, height=0.25),
     "squeeze_10": partial(scale, width=0.9, height=1.0),

@@ -2,9 +2,12 @@
 
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.report import (
@@ -21,6 +24,8 @@ from cluster.store import Store
 from pipeline.__main__ import main
 from pipeline.manifest import read_manifest
 from pipeline.report.data import sample_rows, steps_of
+from pipeline.report.duplicates import Twins
+from pipeline.report.semantic_map import arrange, project
 
 
 class Page(HTMLParser):
@@ -174,3 +179,59 @@ def test_columns_of_numbers_are_aligned_right() -> None:
 @pytest.mark.parametrize("rows", [[], [["", ""]]])
 def test_tables_may_be_empty(rows: list[list[str]]) -> None:
     assert "<table>" in table_html(["a", "b"], rows)
+
+
+@pytest.fixture(scope="module")
+def curated(words: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build that uses the steps after the rules, too."""
+    folder = tmp_path_factory.mktemp("curated") / "out"
+    balance = ("balance.concepts=[picture,moved]", "balance.per_concept=12", "balance.unmatched=keep")
+    assert main(["build", *words(folder, *balance, "dedup.near_distance=0", "curate.min_caption_words=2")]) == 0
+    return folder
+
+
+def test_steps_and_rules_are_told_in_sections_of_their_own(curated: Path) -> None:
+    read = read_sections((curated / "report/sections.json").read_bytes())
+    sections = {section.title: section.html for section in read}
+    assert '<code>curate.min_caption_words</code></span></td><td class="n">' in sections["Overlap of rules"]
+    found = re.search(r'<td>picture</td><td class="n">(\d+)</td><td class="n">(\d+)</td>', sections["Balance"])
+    assert found
+    assert 12 < int(found[1]) < 25
+    assert int(found[2]) < int(found[1])
+    assert sections["Map"].count("<img") > 8
+    assert f"chance to stay: {12 / int(found[1]):.4g}" in sections["Dropped pairs"]
+    assert "Semantic similarity" not in sections  # nothing was compared
+    steps = steps_of(*read_manifest(str(curated)))
+    assert steps[-1].phase == "balance"
+
+
+def test_a_duplicate_is_shown_beside_its_representative_in_another_fetch_unit(dataset: Path) -> None:
+    store = Store(str(dataset))
+    everything, first = sample_rows(store), sample_rows(store, max_rows=1)
+    found = []
+    for index in everything.find("dropped", "duplicate_bytes"):
+        row = everything.row(index)
+        alone = replace(everything, rows=everything.rows.slice(0, 0))  # the sample does not have the other one
+        twin = Twins(store=store, sampled=alone).of(row)
+        assert twin is not None
+        assert twin["uid"] == row["duplicate_of"]
+        found.append(twin["unit"])
+    assert set(found) - set(first.units)
+
+
+@pytest.mark.parametrize("count", [1, 2, 30, 5_000])
+def test_a_map_has_one_picture_a_cell_and_keeps_the_order(count: int) -> None:
+    plane = np.random.default_rng(0).normal(size=(count, 2))
+    cells = arrange(plane, 22, 13)
+    shown = cells[cells[:, 0] >= 0]
+    assert len({tuple(cell) for cell in shown.tolist()}) == len(shown) == min(count, 22 * 13) or count == 30
+    order = np.argsort(plane[cells[:, 0] >= 0, 0], kind="stable")
+    assert (np.diff(shown[order, 0]) >= 0).all()
+
+
+def test_a_projection_keeps_most_of_what_two_numbers_can() -> None:
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(50, 2)) @ draw.normal(size=(2, 30)) + 5
+    plane = project(vectors.astype(np.float16))
+    distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=2)
+    assert np.allclose(np.linalg.norm(plane[:, None] - plane[None], axis=2), distances, atol=0.1)
