@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 from cluster.disk import full_disk, is_full
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, PairmillError, RequestError
+from cluster.redact import redact_logs, redact_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_reporting_errors(name: str, action: Callable[[], int]) -> int:
     """Call `action`; print what it raises as one message on stderr and return the exit status it means."""
+    redact_logs()
     try:
         return action()
     except PairmillError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        _say(f"{name}: {error}")
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; run the same command to go on", file=sys.stderr)
+        _say(f"{name}: interrupted; run the same command to go on")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader (head, less) has gone: nothing to tell anybody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,11 +63,15 @@ def run_reporting_errors(name: str, action: Callable[[], int]) -> int:
     except OSError as error:  # a full disk, a store that went away, a file that may not be read
         logger.debug("%s", name, exc_info=True)
         if is_full(error):
-            print(f"{name}: {full_disk(*filter(None, [error.filename]))}", file=sys.stderr)
+            _say(f"{name}: {full_disk(*filter(None, [error.filename]))}")
             return EXIT_FAILED
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or error}; what is finished is kept", file=sys.stderr)
+        _say(f"{name}: {where}{error.strerror or error}; what is finished is kept")
         return EXIT_FAILED
+
+
+def _say(text: str) -> None:
+    print(redact_text(text), file=sys.stderr)
 
 
 def module_command(package: str, words: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.config import Config, flatten
 from cluster.errors import RequestError, RunError
 from cluster.journal import Journal
+from cluster.redact import redact
 from cluster.store import Store
 
 RUN_FILE = "run.json"
@@ -31,7 +32,8 @@ class Run:
 def open_run(output: str, kind: str, config: Config) -> Run:
     """Register a run in its output folder, or resume the one that is there.
 
-    kind: "build", "train" or "eval". config: stored whole in run.json; only keys with affects_result are compared.
+    kind: "build", "train" or "eval". config: stored whole in run.json, but for what signs URLs; only keys with
+    affects_result are compared.
     Raises RequestError when the folder holds another run or files that belong to no run, or cannot be used.
     """
     store = open_store(output)
@@ -53,8 +55,8 @@ def _register(store: Store, kind: str, config: Config) -> Run:
         "kind": kind,
         "pairmill": version("pairmill"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "result_config": flatten(config, only_result=True),
-        "config": config.model_dump(mode="json"),
+        "result_config": redact(flatten(config, only_result=True)),
+        "config": redact(config.model_dump(mode="json")),
     }
     found = read_run(store)
     if found is None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import RequestError
+from cluster.redact import redact_url
 from cluster.scratch import scratch_folder
 
 FORMATS = {
@@ -154,15 +155,16 @@ def _visible(fs: Any, folder: str) -> list[str]:
 
 
 def _describe(fs: Any, file: str, root: str, format: str, chosen: bool) -> Source:
-    guessed, compression = _guess(file)
+    shown = redact_url(file)
+    guessed, compression = _guess(shown.partition("?")[0] if _is_web(fs) else shown)
     if format == "auto" and not guessed:
         raise RequestError(
-            f"input={file}: cannot tell the format from the name (known: {', '.join(FORMATS)}, each also with "
+            f"input={shown}: cannot tell the format from the name (known: {', '.join(FORMATS)}, each also with "
             f"{', '.join(COMPRESSIONS)}); set read.format"
         )
     return Source(
         url=fs.unstrip_protocol(file),
-        name=posixpath.relpath(file, root) if root else file.lstrip("/"),
+        name=posixpath.relpath(shown, root) if root else shown.lstrip("/"),
         format=guessed if format == "auto" else format,
         compression=compression,
         size_bytes=int(fs.size(file) or 0),
