@@ -58,9 +58,7 @@ class SourceConfig(Config):
         None,
         "column with the category of each image, which becomes the column label; captions may be empty or absent",
     )
-    weight: float = key(
-        1.0, "share of the pairs that is taken, chosen by uid before any download; at most 1", ge=0, le=1
-    )
+    weight: float = key(1.0, "share of the pairs that is taken, chosen by uid before any download; at most 1", ge=0)
     priority: int = key(0, "of duplicates the one of the source with the largest is kept")
 
 
@@ -242,11 +240,11 @@ class BuildConfig(Config):
     input: StringList = key(
         [],
         "URL lists: files, globs, folders, any fsspec URL; also datasets of pairmill and outputs of img2dataset, whose "
-        "images are taken as they are (docs/curation.md)",
+        "images are taken as they are (docs/several-runs.md)",
     )
     output: str = key(REQUIRED, "folder or URL where the dataset is built", affects_result=False, min_length=1)
     sources: dict[str, SourceConfig] = key(
-        {}, "named sources beside input: {NAME: {input, columns, label, weight, priority}} (docs/curation.md)"
+        {}, "named sources beside input: {NAME: {input, columns, label, weight, priority}} (docs/several-runs.md)"
     )
     against: StringList = key(
         [], "earlier datasets: pairs that they have are not fetched again, duplicates of their samples are dropped"
@@ -309,6 +307,12 @@ class BuildConfig(Config):
             "what the lists of the key input are called"
             for name in self.sources
             if not re.fullmatch("[A-Za-z0-9_-]+", name) or name == PLAIN_SOURCE
+        ]
+        problems += [
+            f"sources.{name}.weight={source.weight:g}: a dataset holds a pair once; to see a source more often, give "
+            "weights to training (data.weight, data.extra[].weight), or take less of the others here"
+            for name, source in self.sources.items()
+            if source.weight > 1
         ]
         if self.fetch_missing and self.base is None:
             problems.append("fetch_missing: only `pairmill curate` knows what is missing; leave it out")

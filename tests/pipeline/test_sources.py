@@ -132,7 +132,10 @@ def test_a_share_of_a_source_is_chosen_by_uid_and_a_smaller_one_is_part_of_it(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["sources.a.input={lists}/pairs.csv", "sources.a.weight=2"], "sources.a.weight=2"),
+        (
+            ["sources.a.input={lists}/pairs.csv", "sources.a.weight=2"],
+            "sources.a.weight=2: a dataset holds a pair once",
+        ),
         (["sources.a.weight=1"], "sources.a.input: required"),
         (["sources.a.input={lists}/none.csv"], "sources.a.input={lists}/none.csv: no such file"),
         (["sources.input.input={lists}/pairs.csv"], "not a name for a source"),
