@@ -247,22 +247,35 @@ def test_a_set_of_which_nothing_can_be_read_ends_the_run(store: Store, tmp_path:
         compare(store, [fetched_unit(store, [draw(1)])], evaluation_sets=[str(tmp_path / "val")])
 
 
-def test_a_build_leaves_out_what_another_dataset_holds(
-    dataset: Path, words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = [f"curate.evaluation_sets={dataset}", "curate.evaluation_distance=0", "curate.max_nsfw_score=1"]
-    assert main(["build", *words(tmp_path / "none", *settings)]) == 1
-    assert "evaluation_set" in capsys.readouterr().err
-    held_out = tmp_path / "held-out"
-    held_out.mkdir()
-    table = pq.read_table(dataset / "shards" / "00000.parquet").to_pylist()[0]
-    tar = (dataset / "shards" / "00000.tar").read_bytes()
-    (held_out / "it.jpg").write_bytes(tar[table["image_offset"] :][: table["image_size"]])
-    settings[0] = f"curate.evaluation_sets={held_out}"
+def first_image(dataset: Path) -> tuple[dict[str, Any], bytes]:
+    """The first sample of a dataset, and its stored image."""
+    row = pq.read_table(dataset / "shards" / "00000.parquet").to_pylist()[0]
+    return row, (dataset / "shards" / "00000.tar").read_bytes()[row["image_offset"] :][: row["image_size"]]
+
+
+@pytest.mark.parametrize("more", [{}, {"evaluation_similarity": 0.5}])
+def test_a_dataset_is_a_set_by_the_hashes_that_it_has(dataset: Path, store: Store, more: dict[str, Any]) -> None:
+    row, image = first_image(dataset)
+    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    measured = compare(
+        store, [fetched_unit(store, [pixels])], evaluation_sets=[{"name": "old", "path": str(dataset)}], **more
+    )
+    ((_, bits, detail),) = scores_of(store, measured[0])
+    assert detail == f"old: {row['key']}.jpg"
+    assert bits == (perceptual_hashes(pixels)[0] ^ row["phash"]).bit_count()
+    if more:
+        assert scores_of(store, measured[1]) == [(1, 1.0, f"old: {row['key']}.jpg")]
+
+
+def test_a_build_leaves_out_what_an_evaluation_set_holds(dataset: Path, words: Any, tmp_path: Path) -> None:
+    row, image = first_image(dataset)
+    (tmp_path / "held-out").mkdir()
+    (tmp_path / "held-out" / "it.jpg").write_bytes(image)
+    settings = [f"curate.evaluation_sets={tmp_path / 'held-out'}", "curate.evaluation_distance=4"]
     out = tmp_path / "out"
-    assert main(["build", *words(out, *settings, "curate.evaluation_distance=4")]) == 0
+    assert main(["build", *words(out, *settings)]) == 0
     records = [row for path in sorted((out / "record").glob("*")) for row in pq.read_table(path).to_pylist()]
     (dropped,) = [row for row in records if row["reason"] == "evaluation_set"]
-    assert dropped["uid"] == table["uid"]
+    assert dropped["uid"] == row["uid"]
     assert (dropped["rule"], dropped["detail"]) == ("curate.evaluation_distance", "held-out: it.jpg")
     assert dropped["score"] <= dropped["threshold"] == 4
