@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from cluster.config import parse
 from cluster.errors import RequestError
+from pipeline.models.apply import Applied
+from pipeline.models.spec import Model
 from training.command import TrainResult
 from training.data.image import to_square
 from training.evaluate.model import load_model
@@ -104,3 +106,12 @@ def test_what_cannot_be_used_is_refused_before_any_work(model: Any, parameters: 
     with pytest.raises(RequestError) as refused:
         model.identity(**parameters)
     assert said in str(refused.value)
+
+
+def test_curation_scores_pairs_by_a_checkpoint(finished_run: Path, pictures: list[Any]) -> None:
+    model = Model.of("curate.image_text_model", f"pairmill:{finished_run}", "score_pairs")
+    scores = Applied(model=model, ability="score_pairs", threads=1)(pictures[:2], TEXTS)
+    trained = load_model(str(finished_run))
+    images = trained.encode_images(torch.from_numpy(np.stack([to_square(each, 32) for each in pictures[:2]])), 2)
+    cosines = (images * trained.encode_texts(TEXTS, 2)).sum(dim=1)
+    assert np.allclose(scores[:, 0], cosines, **CLOSE)
