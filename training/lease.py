@@ -1,7 +1,9 @@
 """One command at a time on a run's folder: two would clear each other's files.
 
 On a local disk the sign is a lock on `running.json`, which the operating system drops when its holder dies. An object
-store has no locks: there the holder renews the file, and one that has not been renewed for `STALE_S` is taken over.
+store has no locks: there leases are numbered files, `running/000001.json`. The greatest number holds. Its holder renews
+it; when it was given back, or not renewed for `STALE_S`, the next number may be created, which exactly one of those who
+try can do. Numbers only grow: the last file stays, or else a latecomer could create a number that was held before.
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -23,6 +26,7 @@ from cluster.store import Store
 logger = logging.getLogger(__name__)
 
 LEASE_FILE = "running.json"
+LEASE_FOLDER = "running"
 RENEW_S, STALE_S = 10.0, 60.0
 
 
@@ -52,29 +56,56 @@ def _locked(store: Store) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _renewed(store: Store) -> Iterator[None]:
-    with contextlib.suppress(FileNotFoundError):
-        found = _parsed(store.read_bytes(LEASE_FILE).decode())
-        if _is_alive(found):
-            raise _refusal(store, found)
-        store.remove(LEASE_FILE)
+    number = _newest(store)
+    if number and _is_alive(found := _read(store, number)):
+        raise _refusal(store, found)
+    number += 1
     sign = _sign()
-    if not store.create(LEASE_FILE, json.dumps(sign).encode()):
-        raise _refusal(store, {})
+    if not store.create(_path(number), json.dumps(sign).encode()):
+        raise _refusal(store, _read(store, number))
+    if (newest := _newest(store)) != number:  # ours is a number that was held before: we have been slow
+        store.remove(_path(number))
+        raise _refusal(store, _read(store, newest))
+    for old in (entry.path for entry in store.find(LEASE_FOLDER) if entry.path < _path(number)):
+        store.remove(old)
     ended = threading.Event()
-
-    def renew() -> None:
-        while not ended.wait(RENEW_S):
-            with contextlib.suppress(Exception):  # a store that is away for a moment: the next turn tries again
-                store.write_bytes(LEASE_FILE, json.dumps(sign | {"renewed": time.time()}).encode())
-
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread = threading.Thread(target=_renew, args=(store, number, sign, ended), name="lease", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        store.remove(LEASE_FILE)
+        if _newest(store) == number:
+            store.write_bytes(_path(number), json.dumps(sign | {"renewed": 0.0}).encode())
+
+
+def _renew(store: Store, number: int, sign: dict[str, Any], ended: threading.Event) -> None:
+    """Say now and then that we are here. If we could not for so long that another has taken over, we end."""
+    while not ended.wait(RENEW_S):
+        with contextlib.suppress(Exception):  # a store that is away for a moment: the next turn tries again
+            if _newest(store) > number:
+                logger.error("%s: taken over by another command, as nothing was heard of this one; ending", store.url)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            store.write_bytes(_path(number), json.dumps(sign | {"renewed": time.time()}).encode())
+
+
+def _newest(store: Store) -> int:
+    """The number that holds, 0 if there never was one."""
+    names = [entry.path.rpartition("/")[2].removesuffix(".json") for entry in store.find(LEASE_FOLDER)]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _path(number: int) -> str:
+    return f"{LEASE_FOLDER}/{number:06}.json"
+
+
+def _read(store: Store, number: int) -> dict[str, Any]:
+    try:
+        return _parsed(store.read_bytes(_path(number)).decode())
+    except FileNotFoundError:
+        return {}
 
 
 def _sign() -> dict[str, Any]:
