@@ -53,7 +53,7 @@ class BlockedHosts(Rule):
 
     def judge(self, rows: pa.Table) -> Verdicts:
         hosts, is_listed = _listed_hosts(rows, self.hosts)
-        return Verdicts(keep=~is_listed, details=[f"host {host}" if host else None for host in hosts])
+        return Verdicts(keep=~is_listed, details=_told(hosts, is_listed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class AllowedHosts(Rule):
 
     def judge(self, rows: pa.Table) -> Verdicts:
         hosts, is_listed = _listed_hosts(rows, self.hosts)
-        return Verdicts(keep=is_listed, details=[f"host {host}" if host else None for host in hosts])
+        return Verdicts(keep=is_listed, details=_told(hosts, ~is_listed))
 
 
 def plain_host(host: str) -> str:
@@ -89,6 +89,14 @@ def _listed_hosts(rows: pa.Table, entries: Entries) -> tuple[list[str | None], N
     is_listed = np.array([any(domain in listed for domain in _domains(name)) for name in names] + [False])
     places = pc.fill_null(found.indices, len(names)).to_numpy()
     return [(*names, None)[place] for place in places.tolist()], is_listed[places]
+
+
+def _told(hosts: list[str | None], is_dropped: NDArray[np.bool_]) -> list[str | None]:
+    """The host of each row that is dropped."""
+    told: list[str | None] = [None] * len(hosts)
+    for row in np.flatnonzero(is_dropped).tolist():
+        told[row] = f"host {hosts[row]}" if hosts[row] else None
+    return told
 
 
 def _domains(host: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
+import yaml
 
 from cluster.errors import RequestError, RunError
 from pipeline.__main__ import main
@@ -249,3 +251,19 @@ def test_a_build_with_rules_of_the_user(
     story = capsys.readouterr().out
     assert "curate.rules.NotMoved, kept" in story
     assert "curate.rules.Tall: 0.75 (keeps at most 0.8), kept" in story
+
+
+def test_the_example_of_the_documentation_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "curation.md").read_text()
+    code, settings = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "yaml"))
+    assert code
+    assert settings
+    (tmp_path / "my_rules.py").write_text(code[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        chosen = CurateConfig.model_validate(yaml.safe_load(settings[1])["curate"])
+        judged = judge(ROWS, np.arange(3), text_rules(chosen, {}))
+    finally:
+        sys.modules.pop("my_rules", None)
+    assert judged.decisions["score"].to_pylist()[:3] == [1, 1 / 3, 0]
+    assert judged.fails.tolist() == [[True, True, False], [False, True, True]]
