@@ -5,7 +5,7 @@ SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
 FAULTS_OUT ?= faults-out
 
-.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss bench-robustness clean
+.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss bench-robustness bench-rules clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -39,6 +39,9 @@ bench-politeness: .venv/.installed  ## what limits per host over the cluster cos
 
 bench-loss: .venv/.installed  ## memory and time of the contrastive losses against dense ones; needs 15 GiB free and minutes
 	$(BIN)/python tests/benchmarks/loss.py
+
+bench-rules: .venv/.installed  ## captions a second through every rule that needs no image; a minute
+	$(BIN)/python tests/benchmarks/rules.py
 
 bench-robustness: .venv/.installed  ## changed copies found by perceptual hash and embedding; PHOTOS=FOLDER for photographs; minutes
 	$(BIN)/pip install -q -c constraints.txt '.[bench]'
