@@ -210,6 +210,7 @@ class Build:
             store=self._store,
             shards=shards,
             drops=curated.drops,
+            alternatives=curated.alternatives,
             samples_per_shard=size,
             more_columns=more_columns(self._config),
         )

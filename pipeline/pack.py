@@ -7,7 +7,7 @@ are. Every byte of a shard is a function of the kept rows: two attempts at a sha
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,9 @@ from pipeline.manifest import IMG2DATASET_COLUMNS, SAMPLE_COLUMNS
 from pipeline.plain import json_form, plain_values
 from pipeline.selection import DecidedUnit, Drops, extra_columns, open_images, read_checked, survivors
 from pipeline.tar import TarWriter
+
+if TYPE_CHECKING:  # it needs pandas, which few runs do
+    from pipeline.duplicates.captions import Alternatives
 
 _OFFSETS = ("image_offset", "image_size", "caption_offset", "caption_size")
 _COPIED = tuple(name for name in SAMPLE_COLUMNS if name not in ("key", *_OFFSETS))
@@ -41,7 +44,8 @@ def more_columns(config: BuildConfig) -> tuple[str, ...]:
     """The columns of the record that shards have because they were asked for."""
     hashed = config.fetch.compute_hash
     named = IMG2DATASET_COLUMNS if config.pack.columns == "img2dataset" else ()
-    return (*(() if hashed == "sha256" else (hashed,)), *named)
+    alternatives = ("captions",) if config.dedup.alternatives else ()
+    return (*(() if hashed == "sha256" else (hashed,)), *named, *alternatives)
 
 
 def cut_shards(units: Sequence[DecidedUnit], num_kept: Sequence[int], samples_per_shard: int) -> list[list[Part]]:
@@ -79,6 +83,7 @@ class PackStage:
     drops: tuple[Drops, ...]
     samples_per_shard: int
     more_columns: tuple[str, ...] = ()
+    alternatives: "Alternatives | None" = None
     first_shard: int = 0
     name: str = "pack"
     num_cpus: float = 1.0
@@ -111,6 +116,10 @@ class PackStage:
         """Append a part's samples to the tar, the first one being sample `number`; returns their table."""
         rows = survivors(self.store, part.unit, self.drops)[part.first : part.end]
         table = read_checked(self.store, part.unit.rows).take(pa.array(rows, pa.int64()))
+        if self.alternatives is not None:
+            own = table["caption"].to_pylist()
+            others = self.alternatives.of_rows(self.store, part.unit.index, rows.tolist(), own)
+            table = table.append_column("captions", pa.array(others, pa.list_(pa.string())))
         extra = extra_columns(table.schema)
         added: dict[str, list[Any]] = {name: [] for name in ("key", *_OFFSETS)}
         more = (*self.more_columns, *extra)

@@ -177,6 +177,7 @@ class Repair:
             store=self.store,
             shards=tuple(tuple(parts) for parts in cut_shards(curated.units, curated.num_kept, size)),
             drops=curated.drops,
+            alternatives=curated.alternatives,
             samples_per_shard=size,
             more_columns=more_columns(self.config),
             first_shard=first_shard,

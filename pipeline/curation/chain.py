@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from cluster.journal import Marker
 from pipeline.balance.step import balance
@@ -14,6 +15,9 @@ from pipeline.duplicates.semantic import drop_semantic
 from pipeline.models.measure import measure
 from pipeline.rules.chosen import image_rules
 from pipeline.selection import DecidedUnit, Groups, num_dropped
+
+if TYPE_CHECKING:
+    from pipeline.duplicates.captions import Alternatives
 
 STEPS: tuple[Step, ...] = (drop_exact, drop_same_url, drop_same_bytes_and_caption, drop_near, drop_semantic, balance)
 
@@ -39,4 +43,13 @@ def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
             curated = curated.without(drops)
     dropped = num_dropped(context.store, curated.drops, len(curated.units))
     left = tuple(int(kept - dropped[index]) for index, kept in enumerate(curated.num_kept))
-    return replace(curated, num_kept=left)
+    return replace(curated, num_kept=left, alternatives=_alternatives(context, curated))
+
+
+def _alternatives(context: Context, curated: Curated) -> "Alternatives | None":
+    """Captions of dropped duplicates, if they are asked for."""
+    if not context.config.dedup.alternatives:
+        return None
+    from pipeline.duplicates.alternatives import gather  # here, as few need it
+
+    return gather(context, curated)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.journal import Marker
 from cluster.store import Store
@@ -10,6 +10,9 @@ from pipeline.config import BuildConfig
 from pipeline.generations import stage_name
 from pipeline.manifest import Shard
 from pipeline.selection import DecidedUnit, Drops, Groups
+
+if TYPE_CHECKING:  # it needs pandas, which few runs do
+    from pipeline.duplicates.captions import Alternatives
 
 RunStage = Callable[[Any], dict[str, Marker]]
 """Brings a stage's units to their markers."""
@@ -48,6 +51,7 @@ class Curated:
     num_kept: tuple[int, ...]
     groups: Groups
     drops: tuple[Drops, ...] = ()
+    alternatives: "Alternatives | None" = None
 
     def without(self, drops: Drops) -> "Curated":
         """The same after a further step."""

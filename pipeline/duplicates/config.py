@@ -30,6 +30,9 @@ class DedupConfig(Config):
         le=3,
     )
     mirror: bool = key(True, "an image that looks like the mirror image of another is near to it, too")
+    alternatives: bool = key(
+        False, "keep captions of dropped duplicates with the sample that represents them, in its list `captions`"
+    )
     prefer: Annotated[list[Preference], BeforeValidator(_one_or_many)] = key(
         ["source", "uid"],
         "which of several is kept: source: that of the source with the greatest priority; caption: with the longest "

@@ -48,7 +48,7 @@ RESERVED = frozenset(
         ),
         *("attempts", "seconds", "duplicate_of", "unit", "shard", "error_message", "exif", "generation"),
         *("received_bytes", "dns_seconds", "connect_seconds", "tls_seconds", "first_byte_seconds"),
-        *("http_version", "server_address", "phash", "phash_mirror", "sharpness", "md5", "sha512"),
+        *("http_version", "server_address", "phash", "phash_mirror", "sharpness", "md5", "sha512", "captions"),
         *("imported_from", "import_file", "import_offset", "import_size", "import_sha256"),
         *("import_width", "import_height"),
     )

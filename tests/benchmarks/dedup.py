@@ -11,6 +11,7 @@ the kept rows: the smallest uid of each key, and how many rows there are.
 
 import argparse
 import hashlib
+import os
 import shutil
 import tempfile
 import threading
@@ -26,6 +27,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from meter import INTERVAL_S, TreeMeter
 from numpy.typing import NDArray
 
 from cluster.config import parse
@@ -53,7 +55,7 @@ Words = NDArray[np.uint64]
 
 def mixed(numbers: Words, salt: int) -> Words:
     """[N] pseudo-random 64-bit numbers, a function of each number alone (splitmix64)."""
-    words = (numbers + np.uint64(salt * 2 + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    words = numbers * np.uint64(0x9E3779B97F4A7C15) + np.uint64(salt * 0xD1B54A32D192ED03 % 2**64)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
@@ -161,6 +163,25 @@ def watched() -> Iterator[Memory]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What something took; cpu_s of this process and all below it, which other programs disturb less."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def measured(work: Callable[[], Any]) -> tuple[Any, Cost]:
+    """(what the work gives, what it takes)."""
+    with TreeMeter(pid=os.getpid()) as meter:
+        time.sleep(2 * INTERVAL_S)
+        started = time.time()
+        result = work()
+        ended = time.time()
+        time.sleep(2 * INTERVAL_S)
+    return result, Cost(wall_s=ended - started, cpu_s=meter.cpu_between(started, ended))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dataset:
     """Facts of so many rows in a folder."""
 
@@ -192,8 +213,8 @@ class Dataset:
         curated = Curated(units=units, num_kept=num_kept, groups=Groups.of(num_kept))
         return Dataset(folder=folder, num_rows=num_rows, curated=curated)
 
-    def run(self, step: Step, *settings: str) -> tuple[Drops, float]:
-        """(what a step of curation drops, the seconds it takes)."""
+    def run(self, step: Step, *settings: str) -> tuple[Drops, Cost]:
+        """(what a step of curation drops, what it takes)."""
         store = Store(str(self.folder))
         journal = Journal(store)
 
@@ -201,11 +222,10 @@ class Dataset:
             return run_stage(stage, journal, RayExecutor(is_local=True), Progress())
 
         config = parse(BuildConfig, ["input=a", f"output={self.folder}", *settings])
-        started = time.monotonic()
-        drops = step(Context(config=config, store=store, run_stage=run), self.curated)
-        seconds = time.monotonic() - started
+        context = Context(config=config, store=store, run_stage=run)
+        drops, cost = measured(lambda: step(context, self.curated))
         assert drops is not None
-        return drops, seconds
+        return drops, cost
 
     def representatives(self, drops: Drops) -> Words:
         """[rows] the first word of the uid of the sample that stands for each row, which may be the row's own."""
@@ -217,31 +237,31 @@ class Dataset:
         return found
 
 
-def bench_exact(data: Dataset) -> float:
-    """Seconds; fails unless exactly the row with the smallest uid of every key is left."""
-    drops, seconds = data.run(drop_exact, "dedup.prefer=[uid]")
+def bench_exact(data: Dataset) -> Cost:
+    """What it takes; fails unless exactly the row with the smallest uid of every key is left."""
+    drops, cost = data.run(drop_exact, "dedup.prefer=[uid]")
     rows = np.arange(data.num_rows, dtype=np.uint64)
     same = contents(rows, data.num_rows).astype(np.int64)
     uids = mixed(rows, 10)
     smallest = np.full(data.num_rows, 2**64 - 1, np.uint64)
     np.minimum.at(smallest, same, uids)
     assert (data.representatives(drops) == smallest[same]).all(), "the wrong rows were dropped"
-    return seconds
+    return cost
 
 
-def bench_near(data: Dataset) -> tuple[float, float, int]:
-    """(seconds, share of the planted pairs that came together, how many rows were dropped beyond the planted)."""
-    drops, seconds = data.run(drop_near, "dedup.near_distance=3", "dedup.prefer=[uid]")
+def bench_near(data: Dataset) -> tuple[Cost, float, int]:
+    """(what it takes, share of the planted pairs that came together, how many rows were dropped beyond the planted)."""
+    drops, cost = data.run(drop_near, "dedup.near_distance=3", "dedup.prefer=[uid]")
     found = data.representatives(drops)
     rows = np.arange(data.num_rows, dtype=np.uint64)
     is_like, partner = partners(rows)
     together = found[is_like] == found[partner[is_like].astype(np.int64)]
     num_dropped = int((found != mixed(rows, 10)).sum())
-    return seconds, float(together.mean()), num_dropped - int(is_like.sum())
+    return cost, float(together.mean()), num_dropped - int(is_like.sum())
 
 
-def bench_ray_data(folder: Path, num_rows: int) -> float:
-    """Seconds that Ray Data takes for the smallest uid of every key."""
+def bench_ray_data(folder: Path, num_rows: int) -> Cost:
+    """What Ray Data takes for the smallest uid of every key."""
     import ray.data
 
     lists, result = folder / "parquet", folder / "result"
@@ -250,18 +270,16 @@ def bench_ray_data(folder: Path, num_rows: int) -> float:
     write = ray.remote(write_parquet)
     ray.get([write.remote(str(lists), s, min(num_rows, s + step), num_rows) for s in range(0, num_rows, step)])
     ray.data.DataContext.get_current().enable_progress_bars = False
-    started = time.monotonic()
     kept = (
         ray.data.read_parquet(str(lists))
         .groupby("key")
         .aggregate(ray.data.aggregate.Min("uid"), ray.data.aggregate.Count())
     )
-    kept.write_parquet(str(result))
-    seconds = time.monotonic() - started
+    _, cost = measured(lambda: kept.write_parquet(str(result)))
     rows = np.arange(num_rows, dtype=np.uint64)
     expected = len(np.unique(contents(rows, num_rows)))
     assert pq.ParquetDataset(str(result)).read(columns=["key"]).num_rows == expected
-    return seconds
+    return cost
 
 
 def say(name: str, value: float, unit: str) -> None:
@@ -286,34 +304,40 @@ def main() -> None:
         shutil.rmtree(top, ignore_errors=True)
 
 
+def say_speed(name: str, num_rows: int, cost: Cost) -> None:
+    say(f"{name}.rows_per_s", num_rows / cost.wall_s, "rows/s")
+    say(f"{name}.cpu", cost.cpu_s / num_rows * 1e6, "us/row")
+
+
 def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
-    seconds: dict[str, float] = {}
     data = Dataset.make(top / "rows", num_rows)
     warm(data)
     if "exact" in wanted or "large" in wanted:
-        seconds["exact"] = bench_exact(data)
-        say("dedup.exact.rows_per_s", num_rows / seconds["exact"], "rows/s")
+        exact = bench_exact(data)
+        say_speed("dedup.exact", num_rows, exact)
     if "near" in wanted:
         with watched() as memory:
-            seconds["near"], recall, beyond = bench_near(data)
-        say("dedup.near.rows_per_s", num_rows / seconds["near"], "rows/s")
+            near, recall, beyond = bench_near(data)
+        say_speed("dedup.near", num_rows, near)
         print(f"dedup.near.recall_3bit: {recall:.7g}")
         say("dedup.near.beyond_planted", beyond, "rows")
         say("dedup.near.peak_rss_gib", memory.peak_bytes / 2**30, "GiB")
     if "ray_data" in wanted:
-        seconds["ray_data"] = bench_ray_data(top / "ray_data", num_rows)
-        say("dedup.ray_data.rows_per_s", num_rows / seconds["ray_data"], "rows/s")
-        if "exact" in seconds:
-            say("dedup.exact.ratio_vs_ray_data", seconds["ray_data"] / seconds["exact"], "times")
+        peer = bench_ray_data(top / "ray_data", num_rows)
+        say_speed("dedup.ray_data", num_rows, peer)
+        if "exact" in wanted:
+            say("dedup.exact.ratio_vs_ray_data", peer.wall_s / exact.wall_s, "times")
+            say("dedup.exact.cpu_ratio_vs_ray_data", peer.cpu_s / exact.cpu_s, "times")
     shutil.rmtree(top / "rows")
     if "large" in wanted:
         large = Dataset.make(top / "large", num_large)
         with watched() as memory:
-            seconds["large"] = bench_exact(large)
+            cost = bench_exact(large)
         name = f"dedup.exact.{num_large // 1_000_000}M"
-        say(f"{name}.rows_per_s", num_large / seconds["large"], "rows/s")
+        say_speed(name, num_large, cost)
         say(f"{name}.peak_rss_gib", memory.peak_bytes / 2**30, "GiB")
-        say("dedup.exact.growth", seconds["large"] / seconds["exact"], "times")
+        say("dedup.exact.growth", cost.wall_s / exact.wall_s, "times")
+        say("dedup.exact.cpu_growth", cost.cpu_s / exact.cpu_s, "times")
 
 
 def warm(data: Dataset) -> None:
