@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cluster.disk import full_disk, is_full
 from cluster.errors import RunError
 from cluster.journal import file_sha256
 from cluster.scratch import scratch_folder
@@ -45,6 +47,7 @@ POLL_S = 0.1
 GRACE_S = 30.0
 PARTS_PATIENCE_S = 1_800.0
 TRANSFERS = 8
+_CUT_SHORT = re.compile(r"inline_container|PytorchStreamWriter")  # torch.save, where it cannot write on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +182,7 @@ class Checkpoints:
             self._store.remove(f"{info.folder}.json")
             self._store.remove(info.folder)
         dist.barrier()
-        with contextlib.ExitStack() as stack:
+        with _full_disk_named(self._store), contextlib.ExitStack() as stack:
             scratch = stack.enter_context(self._scratch())
             engine.save(str(scratch), tag, {"samples_seen": samples_seen})
             torch.save(_random_state(), scratch / tag / f"random-{self._rank:05}.pt")
@@ -209,7 +212,8 @@ class Checkpoints:
         info = found[0]
         if info is None:
             return 0
-        with self._local_folder(info.folder, [file.path for file in info.files]) as folder:
+        files = [file.path for file in info.files]
+        with _full_disk_named(self._store), self._local_folder(info.folder, files) as folder:
             if info.num_ranks == self._num_ranks or info.zero_stage == 0:
                 engine.load(str(folder.parent), folder.name)
             else:
@@ -308,6 +312,17 @@ class Checkpoints:
             parent = Path(folder).parent
             at_once(lambda path: self._store.get_file(path, temporary / Path(path).relative_to(parent)), paths)
             yield temporary / Path(folder).name
+
+
+@contextmanager
+def _full_disk_named(store: Store) -> Iterator[None]:
+    """RunError with the full disk's name for what is raised inside because of one."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if is_full(error) or _CUT_SHORT.search(str(error)):
+            raise full_disk(*([store.url] if store.is_local else [])) from error
+        raise
 
 
 def at_once(transfer: Callable[[Any], None], items: Sequence[Any]) -> None:

@@ -1,11 +1,13 @@
 """Checkpoints: only whole ones are believed, the newest are kept, and they live on any store."""
 
 import contextlib
+import errno
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from training import checkpoint, launch, trainer
 from training.checkpoint import CheckpointInfo, Checkpoints, newest_valid, published
 from training.command import RESULT_FILE, TrainResult, run_train
 from training.config import TrainConfig
+from training.engine import Engine
 from training.launch import single_group
 from training.metrics import read_lines
 
@@ -52,6 +55,28 @@ def test_truncated_checkpoint_is_never_loaded(run: Path, name: str) -> None:
     path = run / "checkpoints/step-00000009" / name
     path.write_bytes(path.read_bytes()[:-1])
     assert newest_step(run) == 6
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672] . x")],
+    ids=["os", "torch"],
+)
+def test_full_disk_ends_the_training_with_its_name(
+    train_tiny: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    save = Engine.save
+
+    def fill_up(engine: Engine, *args: Any) -> None:
+        save(engine, *args)
+        if engine.steps > 3:
+            raise error
+
+    monkeypatch.setattr(Engine, "save", fill_up)
+    with pytest.raises(RunError, match=r"no space left on the disk of .* make room there"):
+        train_tiny(tmp_path / "run")
+    assert newest_step(tmp_path / "run") == 3
+    assert list((tmp_path / "run/work").iterdir()) == []
 
 
 def test_changed_bit_or_missing_file_or_marker_is_noticed(run: Path) -> None:
