@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import psutil
 import store_proxy
 from drill_build import Driver
 from kills import Diary, Figures, pause, plan_kills
@@ -224,15 +223,16 @@ class _Course:
     def _kill_rank(self) -> None:
         def has_killed() -> bool:
             self._look_after_driver()
-            ranks = [each for each in self._cluster.busy_workers() if "TrainWorker" in " ".join(each.cmdline())]
+            ranks = self._cluster.busy_workers("ray::RayTrainWorker")
             if not ranks:
                 return False
-            chosen = self._draw.choice(ranks)
-            self._diary.kill("train", "rank", chosen.pid, steps=self._done_steps())
-            return True
+            steps = self._done_steps()
+            with suppress(ProcessLookupError):  # it has just ended: another
+                self._diary.kill("train", "rank", self._draw.choice(ranks).pid, steps=steps)
+                return True
+            return False
 
-        with suppress(psutil.Error, ProcessLookupError):
-            self._figures.promise(self._await(has_killed), "train: no rank ran")
+        self._figures.promise(self._await(has_killed), "train: no rank ran")
 
     def _kill_driver(self, num_ranks: int = 2) -> None:
         self._diary.kill("train", "driver", self._driver.pid, steps=self._done_steps())

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import subprocess
 import sys
 import time
@@ -57,14 +56,14 @@ class RayNode:
                     return process
         return None
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes that run a task or an actor."""
+    def workers(self, title: str) -> list[psutil.Process]:
+        """The processes that run a task or an actor, and whose title begins so."""
         found = []
         raylet = self.raylet
         for process in raylet.children() if raylet else []:
             with contextlib.suppress(psutil.Error):
-                title = (process.cmdline() or [""])[0]
-                if title.startswith("ray::") and not title.startswith(_SERVICES):
+                shown = (process.cmdline() or [""])[0]
+                if shown.startswith(title) and not shown.startswith(_SERVICES):
                     found.append(process)
         return found
 
@@ -109,8 +108,8 @@ class RayCluster:
         """Begin to start one more node."""
         return self._start_node(self.address)
 
-    def busy_workers(self) -> list[psutil.Process]:
-        return [worker for node in self._nodes for worker in node.workers()]
+    def busy_workers(self, title: str = "ray::") -> list[psutil.Process]:
+        return [worker for node in self._nodes for worker in node.workers(title)]
 
     def raylets(self) -> list[psutil.Process]:
         """Those of the nodes that joined."""
@@ -149,7 +148,3 @@ def ray_cluster(folder: Path, environment: Mapping[str, str]) -> Iterator[RayClu
         yield cluster
     finally:
         cluster.close()
-
-
-def choose(draw: random.Random, processes: list[psutil.Process]) -> psutil.Process | None:
-    return draw.choice(processes) if processes else None
