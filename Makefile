@@ -5,7 +5,7 @@ SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
 FAULTS_OUT ?= faults-out
 
-.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss bench-robustness bench-rules clean
+.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss bench-robustness bench-rules bench-dedup clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -42,6 +42,9 @@ bench-loss: .venv/.installed  ## memory and time of the contrastive losses again
 
 bench-rules: .venv/.installed  ## captions a second through every rule that needs no image; a minute
 	$(BIN)/python tests/benchmarks/rules.py
+
+bench-dedup: .venv/.installed  ## exact and near-duplicates at scale, against Ray Data; ten minutes on two cores, 25 GB of disk
+	$(BIN)/python tests/benchmarks/dedup.py
 
 bench-robustness: .venv/.installed  ## changed copies found by perceptual hash and embedding; PHOTOS=FOLDER for photographs; minutes
 	$(BIN)/pip install -q -c constraints.txt '.[bench]'
