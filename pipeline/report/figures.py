@@ -23,8 +23,11 @@ MAX_NAME_CHARS = 32
 Numbers = NDArray[np.float64]
 
 
-def histograms_html(sampled: Sampled) -> str:
-    """Sizes, aspect ratios, bytes, caption lengths and sharpness of the sampled pairs that were kept."""
+def distributions_html(sampled: Sampled, languages: Counter[str]) -> str:
+    """Sizes, aspect ratios, bytes, caption lengths, sharpness and hosts of the sampled pairs that were kept.
+
+    languages: of all captions, empty if they were not told.
+    """
     kept = sampled.kept
     width, height = _numbers(kept.column("original_width")), _numbers(kept.column("original_height"))
     captions = np.array([len(text) for text in kept.column("caption").to_pylist()], np.float64)
@@ -39,6 +42,10 @@ def histograms_html(sampled: Sampled) -> str:
         histogram("Caption length", "words", [("", words)]),
         histogram("Sharpness", "variance of the Laplacian", [("", sharpness)], log=True),
     ]
+    hosts = Counter(host_of(url) for url in kept.column("url").to_pylist())
+    figures.append(bars("Hosts", hosts.most_common(NUM_BARS), hosts.total()))
+    if languages:
+        figures.append(bars("Languages of all captions", languages.most_common(NUM_BARS), languages.total()))
     animated = sum(map(bool, kept.column("is_animated").to_pylist()))
     note = f"<p>{animated:,} of them are the first frame of an animation.</p>" if animated else ""
     return f'{note}<div class="figures">{"".join(figures)}</div>'
@@ -69,15 +76,6 @@ def histogram(title: str, unit: str, series: Sequence[tuple[str, Numbers]], *, l
     if len(series) > 1:
         axes.legend()
     return figure_html(figure, alt=f"{title}, {unit}")
-
-
-def bars_html(sampled: Sampled, languages: Counter[str]) -> str:
-    """Hosts of the sampled pairs that were kept, and the languages of all captions if they were told."""
-    hosts = Counter(host_of(url) for url in sampled.kept.column("url").to_pylist())
-    figures = [bars("Hosts of kept samples", hosts.most_common(NUM_BARS), hosts.total())]
-    if languages:
-        figures.append(bars("Languages of captions", languages.most_common(NUM_BARS), languages.total()))
-    return f'<div class="figures">{"".join(figures)}</div>'
 
 
 def host_of(url: str | None) -> str:

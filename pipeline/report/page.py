@@ -25,7 +25,7 @@ from pipeline.report.curation import balance_html, evaluation_html, overlap_html
 from pipeline.report.data import TEMPLATES, Sampled, Step, sample_rows, steps_of
 from pipeline.report.dropped import dropped_html
 from pipeline.report.duplicates import Twins
-from pipeline.report.figures import bars_html, count_languages, histograms_html
+from pipeline.report.figures import count_languages, distributions_html
 from pipeline.report.pictures import Album
 from pipeline.report.semantic_map import map_html
 from pipeline.timings import images_per_s, read_timings
@@ -87,7 +87,7 @@ def dataset_sections(store: Store, manifest: Manifest, sampled: Sampled, languag
         "Semantic similarity": sweep_html(store),
         "Evaluation sets": evaluation_html(album, sampled, manifest),
         "Balance": balance_html(store),
-        "Distributions": _note(sampled, "pairs") + histograms_html(sampled) + bars_html(sampled, languages),
+        "Distributions": _note(sampled, "pairs") + distributions_html(sampled, languages),
         "Downloads": _downloads(store, sampled),
         "Speed": _speed(store),
         "Settings": _settings(store, manifest),
