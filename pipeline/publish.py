@@ -92,12 +92,17 @@ def refuse_empty(counts: Mapping[str, int], input: Sequence[str]) -> None:
     )
 
 
+_KEPT = ("plan-", "fetch", "rule-", "embed-", "score-", "match-", "repair-")
+"""How stages before the decisions are called, and those of repairs."""
+
+
 def _unsound(store: Store, problem: str) -> RunError:
     """Stages contradict each other: some markers were removed, but not those that had been made from them."""
-    stages = " ".join(store.url_of(f"journal/{stage}") for stage in ("decide", "exact-*", "pack", "record"))
+    stages = {entry.path.split("/")[1] for entry in store.find("journal") if entry.path.count("/") > 1}
+    names = " ".join(store.url_of(f"journal/{stage}") for stage in sorted(stages) if not stage.startswith(_KEPT))
     return RunError(
         f"nothing is published: {problem}; the journal has units that were done again and others made from what they "
-        f"were before: remove {stages} and run the same command, which downloads nothing again"
+        f"were before: remove {names} and run the same command, which downloads nothing again"
     )
 
 
