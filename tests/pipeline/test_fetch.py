@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,9 @@ def fetch(folder: Path, urls: list[str], *settings: str) -> tuple[dict[str, Row]
     store = Store(config.output)
     journal, progress = Journal(store), Progress()
     read = run_stage(ReadStage.of(config), journal, InlineExecutor(), progress)
-    ordered = run_stage(OrderStage.of(config, store, read), journal, InlineExecutor(), progress)
+    run: Any = partial(run_stage, journal=journal, executor=InlineExecutor(), progress=progress)
+    order = OrderStage.of(config, store, read).with_rules(config.curate, run)
+    ordered = run_stage(order, journal, InlineExecutor(), progress)
     markers = run_stage(FetchStage.of(config, store, ordered), journal, InlineExecutor(), progress)
     rows: dict[str, Row] = {}
     images: dict[str, bytes] = {}
