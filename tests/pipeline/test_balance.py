@@ -8,11 +8,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.config import parse
 from cluster.errors import RequestError
+from cluster.executor import InlineExecutor, run_stage
+from cluster.journal import Journal, Marker
+from cluster.progress import Progress
+from cluster.store import Store
 from pipeline.__main__ import main
 from pipeline.balance.concepts import Matcher, concept_words, read_concepts
 from pipeline.balance.sample import MATCH, NO_CONCEPT, Matches, draw, probabilities
-from pipeline.selection import Groups
+from pipeline.balance.step import balance
+from pipeline.config import BuildConfig
+from pipeline.curation.context import Context, Curated
+from pipeline.selection import DecidedUnit, Groups
 
 Words = Callable[..., list[str]]
 CONCEPTS = [" cat ", " hot dog ", " dog ", " st . bernard "]
@@ -149,3 +157,30 @@ def test_concepts_are_asked_for(words: Words, tmp_path: Path, capsys: pytest.Cap
     assert main(["build", *words(tmp_path / "out", *missing)]) == 2
     assert "missing.txt: cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_repair_draws_with_the_probabilities_of_the_build(words: Words, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    settings = words(folder, *CHOICES, "dedup.exact=false")
+    assert main(["build", *settings]) == 0
+    store = Store(str(folder))
+    journal, ran = Journal(store), []
+
+    def run(stage: Any) -> dict[str, Marker]:
+        ran.append(stage.name)
+        return run_stage(stage, journal, InlineExecutor(), Progress())
+
+    fetched, decided = journal.markers("fetch"), journal.markers("decide")
+    first = next(iter(fetched))  # a repair of this unit alone
+    curated = Curated(
+        units=(DecidedUnit.of(0, fetched[first], decided[first]),),
+        num_kept=(decided[first].counts["kept"],),
+        groups=Groups(starts=(0, 1)),
+    )
+    drops = balance(Context(config=parse(BuildConfig, settings), store=store, run_stage=run, generation=1), curated)
+    assert drops is not None
+    assert ran == ["repair-0001-balance-count", "repair-0001-balance-draw"]
+    record = pq.read_table(folder / "record/00000.parquet").to_pylist()
+    of_build = [(row, pair["score"]) for row, pair in enumerate(record) if pair["reason"] == "balanced_out"]
+    assert of_build
+    assert [(int(drop["row"]), float(drop["score"])) for drop in drops.of_unit(store, 0)] == of_build
