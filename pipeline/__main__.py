@@ -112,7 +112,7 @@ COMMANDS = {
     ),
     "report": Command(
         usage="OUT [key=value ...]",
-        about="Writes OUT/report/index.html, a page that needs no network to view, the dataset card and croissant.json.",
+        about="Writes OUT/report/index.html (a page that needs no network to view), the card and croissant.json.",
         words=("dataset",),
         load=_report,
     ),
