@@ -168,17 +168,18 @@ class Cost:
 
     wall_s: float
     cpu_s: float
+    peak_bytes: int
 
 
 def measured(work: Callable[[], Any]) -> tuple[Any, Cost]:
     """(what the work gives, what it takes)."""
-    with TreeMeter(pid=os.getpid()) as meter:
+    with TreeMeter(pid=os.getpid()) as meter, watched() as memory:
         time.sleep(2 * INTERVAL_S)
         started = time.time()
         result = work()
         ended = time.time()
         time.sleep(2 * INTERVAL_S)
-    return result, Cost(wall_s=ended - started, cpu_s=meter.cpu_between(started, ended))
+    return result, Cost(wall_s=ended - started, cpu_s=meter.cpu_between(started, ended), peak_bytes=memory.peak_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +230,7 @@ class Dataset:
 
     def representatives(self, drops: Drops) -> Words:
         """[rows] the first word of the uid of the sample that stands for each row, which may be the row's own."""
-        found = mixed(np.arange(self.num_rows, dtype=np.uint64), 10)
+        found = np.concatenate([mixed(rows, 10) for rows in chunks(self.num_rows)])
         store = Store(str(self.folder))
         for group in range(len(drops.groups)):
             dropped = drops.of_group(store, group)
@@ -237,15 +238,22 @@ class Dataset:
         return found
 
 
+def chunks(num_rows: int) -> Iterator[Words]:
+    """The numbers of all rows, some millions at a time."""
+    for first in range(0, num_rows, 5_000_000):
+        yield np.arange(first, min(num_rows, first + 5_000_000), dtype=np.uint64)
+
+
 def bench_exact(data: Dataset) -> Cost:
     """What it takes; fails unless exactly the row with the smallest uid of every key is left."""
     drops, cost = data.run(drop_exact, "dedup.prefer=[uid]")
-    rows = np.arange(data.num_rows, dtype=np.uint64)
-    same = contents(rows, data.num_rows).astype(np.int64)
-    uids = mixed(rows, 10)
     smallest = np.full(data.num_rows, 2**64 - 1, np.uint64)
-    np.minimum.at(smallest, same, uids)
-    assert (data.representatives(drops) == smallest[same]).all(), "the wrong rows were dropped"
+    for rows in chunks(data.num_rows):
+        np.minimum.at(smallest, contents(rows, data.num_rows).astype(np.int64), mixed(rows, 10))
+    found = data.representatives(drops)
+    for rows in chunks(data.num_rows):
+        expected = smallest[contents(rows, data.num_rows).astype(np.int64)]
+        assert (found[rows[0] : rows[-1] + np.uint64(1)] == expected).all(), "the wrong rows were dropped"
     return cost
 
 
@@ -316,12 +324,11 @@ def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
         exact = bench_exact(data)
         say_speed("dedup.exact", num_rows, exact)
     if "near" in wanted:
-        with watched() as memory:
-            near, recall, beyond = bench_near(data)
+        near, recall, beyond = bench_near(data)
         say_speed("dedup.near", num_rows, near)
         print(f"dedup.near.recall_3bit: {recall:.7g}")
         say("dedup.near.beyond_planted", beyond, "rows")
-        say("dedup.near.peak_rss_gib", memory.peak_bytes / 2**30, "GiB")
+        say("dedup.near.peak_rss_gib", near.peak_bytes / 2**30, "GiB")
     if "ray_data" in wanted:
         peer = bench_ray_data(top / "ray_data", num_rows)
         say_speed("dedup.ray_data", num_rows, peer)
@@ -331,11 +338,10 @@ def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
     shutil.rmtree(top / "rows")
     if "large" in wanted:
         large = Dataset.make(top / "large", num_large)
-        with watched() as memory:
-            cost = bench_exact(large)
+        cost = bench_exact(large)
         name = f"dedup.exact.{num_large // 1_000_000}M"
         say_speed(name, num_large, cost)
-        say(f"{name}.peak_rss_gib", memory.peak_bytes / 2**30, "GiB")
+        say(f"{name}.peak_rss_gib", cost.peak_bytes / 2**30, "GiB")
         say("dedup.exact.growth", cost.wall_s / exact.wall_s, "times")
         say("dedup.exact.cpu_growth", cost.cpu_s / exact.cpu_s, "times")
 
