@@ -33,7 +33,7 @@ COLUMNS = {
     "caption_offset": "where the caption's bytes begin in the tar",
     "caption_size": "bytes of the caption in the tar",
     "source": "the source of the configuration that the pair comes from",
-    "alternatives": "captions of duplicates that this sample represents",
+    "captions": "captions of duplicates that this sample represents",
 }
 """What columns are, for people; others came with the lists."""
 
