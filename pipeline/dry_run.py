@@ -14,6 +14,7 @@ from pipeline.config import BuildConfig
 from pipeline.curation.context import Curated
 from pipeline.curation.replay import replayed
 from pipeline.manifest import Manifest
+from pipeline.rules.base import Rule, limit_of
 from pipeline.rules.chosen import image_rules, named_text_rules
 from pipeline.selection import num_dropped
 
@@ -23,12 +24,13 @@ _SHOWN = (bool, int, float, str)
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One thing that drops pairs. fail, alone: of a rule alone."""
+    """One thing that drops pairs. fail, alone: of a rule alone. limit: its threshold, where its key does not tell."""
 
     name: str
     dropped: int
     fail: int | None = None
     alone: int | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def outcome(config: BuildConfig, store: Store, curated: Curated) -> Outcome:
     """From the markers of plan-order, fetch and decide, and the drops of every step."""
     journal = Journal(store)
     planned, fetched, decided = (_total(journal.markers(stage)) for stage in ("plan-order", "fetch", "decide"))
-    text_lines = _rule_lines([rule.name for rule in named_text_rules(config.curate)], planned)
+    text_lines = _rule_lines(named_text_rules(config.curate), planned)
     unusable = tuple(
         Line(name=name.removeprefix("pairs:"), dropped=number)
         for name, number in sorted(planned.items(), key=lambda item: (-item[1], item[0]))
@@ -63,7 +65,7 @@ def outcome(config: BuildConfig, store: Store, curated: Curated) -> Outcome:
     )
     left = planned["pairs"] - sum(line.dropped for line in (*unusable, *text_lines))
     lost = Line(name="no image came of it (see pairmill status)", dropped=left - fetched["images"])
-    image_lines = _rule_lines([rule.name for rule in image_rules(config.curate)], decided)
+    image_lines = _rule_lines(image_rules(config.curate), decided)
     steps = tuple(
         Line(name=step.rule, dropped=int(num_dropped(store, [step], len(curated.units)).sum()))
         for step in curated.drops
@@ -117,15 +119,16 @@ def _total(markers: Mapping[str, Marker]) -> dict[str, int]:
     return total
 
 
-def _rule_lines(names: Sequence[str], counts: Mapping[str, int]) -> tuple[Line, ...]:
+def _rule_lines(rules: Sequence[Rule], counts: Mapping[str, int]) -> tuple[Line, ...]:
     return tuple(
         Line(
-            name=name,
-            dropped=counts.get(f"first:{name}", 0),
-            fail=counts.get(f"drops:{name}", 0),
-            alone=counts.get(f"alone:{name}", 0),
+            name=rule.name,
+            dropped=counts.get(f"first:{rule.name}", 0),
+            fail=counts.get(f"drops:{rule.name}", 0),
+            alone=counts.get(f"alone:{rule.name}", 0),
+            limit=limit_of(rule)[1],
         )
-        for name in names
+        for rule in rules
     )
 
 
@@ -146,7 +149,7 @@ def _funnel(told: Outcome, settings: Mapping[str, object]) -> Iterator[str]:
         for line in lines:
             left -= line.dropped
             counts = ("" if number is None else f"{number:,}" for number in (line.fail, line.alone))
-            rows.append((f"  {_with_value(line.name, settings)}", *counts, f"{line.dropped:,}", f"{left:,}"))
+            rows.append((f"  {_with_value(line, settings)}", *counts, f"{line.dropped:,}", f"{left:,}"))
     part = f" ({told.num_kept / told.num_pairs:.1%})" if told.num_pairs else ""
     rows.append((f"would be kept{part}", "", "", "", f"{told.num_kept:,}"))
     yield from _aligned(rows)
@@ -165,12 +168,12 @@ def _overlap_table(told: Outcome) -> Iterator[str]:
         yield f"  ... and {len(told.overlaps) - len(shown)} more"
 
 
-def _with_value(name: str, settings: Mapping[str, object]) -> str:
-    """A rule's key with what it is set to, where that is short."""
-    value = settings.get(name)
-    if not isinstance(value, _SHOWN):
-        return name
-    return f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+def _with_value(line: Line, settings: Mapping[str, object]) -> str:
+    """A rule's key with what it is set to, where that is short, else with its threshold."""
+    value = settings.get(line.name)
+    if isinstance(value, _SHOWN):
+        return f"{line.name}={str(value).lower() if isinstance(value, bool) else value}"
+    return line.name if line.limit is None else f"{line.name} ({line.limit:g})"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

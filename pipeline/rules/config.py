@@ -28,6 +28,15 @@ class RuleUse(Config):
     use: str = key(REQUIRED, "package.module:Class", min_length=1)
 
 
+def _as_uses(value: Any) -> Any:
+    """A word stands for {use: word}, and one rule for a list of one."""
+    items = [value] if isinstance(value, (str, dict)) else value
+    return [{"use": item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else items
+
+
+RuleList = Annotated[list[RuleUse], BeforeValidator(_as_uses)]
+
+
 class CurateConfig(Config):
     """Which pairs are kept. Caption rules work before the download, image rules after it."""
 
@@ -103,7 +112,7 @@ class CurateConfig(Config):
     min_sharpness: float | None = key(
         None, "images whose Laplacian has a smaller variance are dropped (blurred: a few; sharp: hundreds)", gt=0
     )
-    rules: list[RuleUse] | None = key(
+    rules: RuleList | None = key(
         None,
         "your own rules by import path, with their parameters: [{use: my.module:NoWatermark, threshold: 0.3}] "
         "(docs/curation.md)",

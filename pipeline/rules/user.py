@@ -87,8 +87,8 @@ def require_on_workers(config: CurateConfig, executor: Executor) -> None:
     for problem in executor.map_unordered(_problem_there, [uses] if uses else [], num_cpus=1, memory_bytes=0):
         if problem:
             raise RequestError(
-                f"{problem}; this command can import it, a worker of its cluster cannot: install it on every node, or "
-                "set PYTHONPATH to an absolute path there"
+                f"{problem} This is said by a worker; the command itself can import it. Install it on every node, or "
+                "set PYTHONPATH to an absolute path"
             )
 
 

@@ -65,7 +65,7 @@ def test_overlaps_are_counted(words: Any, tmp_path: Path, capsys: pytest.Capture
     # "a page" has 6 characters, "nothing" and "grey" are one word, shorter than 8, "moved 0" to "moved 2" have 7
     assert lines["curate.min_caption_chars=8"][:3] == ["9", "4", "9"]
     assert lines["curate.min_caption_words=2"][:3] == ["2", "0", "0"]
-    assert lines["curate.blocked_words"][:3] == ["3", "0", "0"]
+    assert lines["curate.blocked_words (0)"][:3] == ["3", "0", "0"]
     assert lines["curate.min_caption_chars and curate.blocked_words"] == ["3", "33%", "100%"]
     assert lines["curate.min_caption_chars and curate.min_caption_words"] == ["2", "22%", "100%"]
     assert "curate.min_caption_words and curate.blocked_words" not in lines

@@ -143,7 +143,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         sys.modules.pop(name, None)
 
 
-def config(*uses: dict[str, Any]) -> CurateConfig:
+def config(*uses: Any) -> CurateConfig:
     return CurateConfig.model_validate({"rules": list(uses)})
 
 
@@ -173,6 +173,7 @@ def test_rules_about_images_work_after_the_download(mine: str) -> None:
     ("use", "message"),
     [
         ({"use": "my_rules"}, "not an import path; write package.module:Class"),
+        ("my_rules", "not an import path; write package.module:Class"),
         ({"use": "no_such_module:Rule"}, "cannot be imported .*PYTHONPATH"),
         ({"use": "my_broken:Rule"}, "cannot be imported .*no_such_library"),
         ({"use": "my_rules:NoRule"}, "cannot be imported .*NoRule"),
@@ -192,7 +193,7 @@ def test_rules_about_images_work_after_the_download(mine: str) -> None:
         ({"use": "my_rules:Misspelt"}, "reads the column captoin, which the rows do not have; did you mean caption"),
     ],
 )
-def test_what_cannot_be_used_is_refused(mine: str, tmp_path: Path, use: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_used_is_refused(mine: str, tmp_path: Path, use: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         require_rules(config(use), str(tmp_path / "out"), ["url", "caption", "licence"])
     require_rules(config({"use": "my_rules:Licensed"}), str(tmp_path / "out"), ["url", "caption", "licence"])
@@ -229,7 +230,7 @@ class Elsewhere:
 
 
 def test_a_rule_that_workers_cannot_import_is_refused(mine: str) -> None:
-    with pytest.raises(RequestError, match=r"my_rules:Tall: cannot be imported.*a worker of its cluster cannot"):
+    with pytest.raises(RequestError, match=r"my_rules:Tall: cannot be imported.*This is said by a worker"):
         require_on_workers(config({"use": f"{mine}:Tall"}), Elsewhere())
     require_on_workers(CurateConfig(), Elsewhere())
 
