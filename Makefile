@@ -43,7 +43,7 @@ bench-loss: .venv/.installed  ## memory and time of the contrastive losses again
 bench-rules: .venv/.installed  ## captions a second through every rule that needs no image; a minute
 	$(BIN)/python tests/benchmarks/rules.py
 
-bench-dedup: .venv/.installed  ## exact and near-duplicates at scale, against Ray Data; ten minutes on two cores, 25 GB of disk
+bench-dedup: .venv/.installed  ## exact and near-duplicates at scale, against Ray Data; ten minutes on two idle cores, 25 GB of disk
 	$(BIN)/python tests/benchmarks/dedup.py
 
 bench-robustness: .venv/.installed  ## changed copies found by perceptual hash and embedding; PHOTOS=FOLDER for photographs; minutes
