@@ -77,6 +77,8 @@ def _results(config: BuildConfig) -> Mapping[str, Any]:
 
 
 def _refuse_same_place(config: BuildConfig) -> None:
-    output = open_store(config.output).url
+    store = open_store(config.output)
+    store.full(config.base or "")  # RequestError when it is on another file system
+    output = store.url
     if output == config.base or output.startswith(f"{config.base}/"):
         raise RequestError(f"output={config.output}: lies in the dataset that is decided about; choose another folder")

@@ -130,6 +130,7 @@ def test_two_workers_and_a_kill_change_no_byte(dataset: Path, tmp_path: Path) ->
         (["output={new}", "fetch.max_redirects=1"], "fetch.max_redirects"),
         (["output={new}", "curate.min_sid_px=1"], "did you mean curate.min_side_px"),
         ([], "output: required, and not given"),
+        (["output=memory://other"], "on another file system"),
         (["output={old}"], "lies in the dataset"),
         (["output={old}/again"], "lies in the dataset"),
     ],

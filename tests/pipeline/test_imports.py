@@ -117,16 +117,17 @@ def img2dataset_rows(folder: Path) -> list[dict[str, Any]]:
     members: dict[str, bytes] = {path.stem: path.read_bytes() for path in folder.glob("*/*.jpg")}
     for path in folder.glob("*.tar"):
         with tarfile.open(path) as tar:
-            members |= {
-                member.name[:-4]: tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")
-            }  # type: ignore[union-attr]
+            files = {member.name: tar.extractfile(member) for member in tar if member.name.endswith(".jpg")}
+            members |= {name[:-4]: file.read() for name, file in files.items() if file is not None}
     return [row | {"data": row.get("jpg") or members[row["key"]]} for row in rows]
 
 
 def test_images_that_do_not_fit_the_settings_are_processed_like_downloads(outputs: Path, tmp_path: Path) -> None:
     assert build(tmp_path / "out", f"input={outputs / 'webdataset'}", "image.size=16", "image.format=png") == 0
     for sample in samples_of(tmp_path / "out"):
-        assert cv2.imdecode(np.frombuffer(sample["data"], np.uint8), cv2.IMREAD_COLOR).shape == (16, 22, 3)
+        pixels = cv2.imdecode(np.frombuffer(sample["data"], np.uint8), cv2.IMREAD_COLOR)
+        assert pixels is not None
+        assert pixels.shape == (16, 22, 3)
         assert (sample["image_format"], sample["original_width"]) == ("png", 64)
 
 
