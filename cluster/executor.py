@@ -225,10 +225,10 @@ def run_stage(stage: Stage, journal: Journal, executor: Executor, progress: Prog
     for each in lost:  # now nothing else asks for memory
         markers[each.item.id] = run_divided(stage, each, journal, executor)
         progress.advance(markers[each.item.id])
+    journal.seen[stage.name] = {unit.id: markers[unit.id] for unit in units}
     if missing:
         journal.sweep(stage.name)
     progress.finish()
-    journal.seen[stage.name] = {unit.id: markers[unit.id] for unit in units}
     return dict(journal.seen[stage.name])
 
 

@@ -207,7 +207,8 @@ class Journal:
 
         Call it when every unit of the stage has a marker and no attempt of it can still be running.
         """
-        kept = {output.path for marker in self.markers(stage).values() for output in marker.outputs}
+        markers = self.seen.get(stage) or self.markers(stage)
+        kept = {output.path for marker in markers.values() for output in marker.outputs}
         orphans = [entry.path for entry in self.store.find(f"work/{stage}") if entry.path not in kept]
         for path in orphans:
             self.store.remove(path)
