@@ -21,6 +21,8 @@ CORPUS = Path(__file__).parents[1] / "corpus"
 KINDS = {"worker": 0.4, "driver": 0.2, "raylet": 0.2, "s3": 0.15, "head": 0.05}
 BETWEEN_S, DOWN_S, JOIN_S = (0.5, 9.0), (0.2, 6.0), (0.0, 3.0)
 WORKER_PATIENCE_S, STOP_PATIENCE_S, POLL_S = 40.0, 90.0, 0.1
+END_SHARE = 0.3
+"""Of the time, for the last build to end after the last kill."""
 SETTINGS = (
     "fetch.allow_private_addresses=true",
     "fetch.timeout_s=10",
@@ -129,6 +131,7 @@ class _Course:
         self._plan, self._folder, self._server, self._proxy = plan, folder, server, proxy
         self._reference, self._list, self._diary, self._figures = reference, url_list, diary, figures
         self._deadline = time.monotonic() + plan.limit_s
+        self._last_kill = self._deadline - END_SHARE * plan.limit_s
         self._draw = random.Random(plan.seed)
         store = server.environment | {"AWS_ENDPOINT_URL": proxy.url, "OMP_NUM_THREADS": "1"}
         self._cluster = RayCluster(folder / "ray", store)
@@ -141,9 +144,9 @@ class _Course:
         self._cluster.start()
         self._start_build()
         for kind in plan_kills(self._draw, self._plan.num_kills, KINDS):
-            pause(self._draw, BETWEEN_S, self._deadline)
+            pause(self._draw, BETWEEN_S, self._last_kill)
             self._look_after_driver()
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > self._last_kill:
                 self._figures.promise(False, f"build: no time for all of the {self._plan.num_kills} kills")
                 break
             getattr(self, f"_kill_{kind}")()

@@ -27,6 +27,8 @@ MOMENT_STEPS, MOMENT_S, DOWN_S = 30, (0.0, 1.5), (0.2, 6.0)
 EARLY_SHARE, EARLY_S = 0.2, (2.0, 12.0)
 PATIENCE_S, POLL_S = 120.0, 0.2
 FAULTS = {name: chance / 2 for name, chance in store_proxy.FAULTS.items()}
+END_SHARE = 0.2
+"""Of the time, for the last run to end after the last kill."""
 TOLERANCE = 1e-4
 """Largest relative difference of a loss when the number of ranks changes: sums in another order, in fp32."""
 SETTINGS = (
@@ -85,6 +87,7 @@ class _Course:
         self._plan, self._folder, self._server, self._dataset = plan, folder, server, dataset
         self._diary, self._figures, self._proxy = diary, figures, proxy
         self._deadline = time.monotonic() + plan.limit_s
+        self._last_kill = self._deadline - END_SHARE * plan.limit_s
         self._draw = random.Random(plan.seed + 1)
         store = server.environment | {"AWS_ENDPOINT_URL": proxy.url, "OMP_NUM_THREADS": "1"}
         self._cluster = RayCluster(folder / "ray", store)
@@ -184,8 +187,8 @@ class _Course:
     def _await_moment(self) -> bool:
         """Wait for a random step of the group that runs now; sometimes just for some seconds, in mid-start."""
         if self._draw.random() < EARLY_SHARE:
-            pause(self._draw, EARLY_S, self._deadline)
-            return time.monotonic() < self._deadline
+            pause(self._draw, EARLY_S, self._last_kill)
+            return time.monotonic() < self._last_kill
         steps, began = self._draw.randrange(1, MOMENT_STEPS), time.time()
 
         def is_there() -> bool:
@@ -195,12 +198,12 @@ class _Course:
                 return False
             return newest["resumed_at"] + steps <= newest["done_steps"] < NUM_STEPS
 
-        found = self._await(is_there)
-        pause(self._draw, MOMENT_S, self._deadline)
+        found = self._await(is_there, self._last_kill)
+        pause(self._draw, MOMENT_S, self._last_kill)
         return found
 
-    def _await(self, condition: Callable[[], bool]) -> bool:
-        deadline = min(self._deadline, time.monotonic() + PATIENCE_S)
+    def _await(self, condition: Callable[[], bool], deadline: float | None = None) -> bool:
+        deadline = min(deadline or self._deadline, time.monotonic() + PATIENCE_S)
         while time.monotonic() < deadline:
             if condition():
                 return True
