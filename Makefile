@@ -5,7 +5,7 @@ SOURCES := $(shell find cluster pipeline training -type f -not -name '*.pyc')
 DEMO_OUT ?= demo-out
 FAULTS_OUT ?= faults-out
 
-.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss bench-robustness bench-rules bench-dedup clean
+.PHONY: help demo test test-all check faults bench-fetch bench-methods bench-loss bench-robustness bench-rules bench-dedup bench-durable clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -45,6 +45,9 @@ bench-rules: .venv/.installed  ## captions a second through every rule that need
 
 bench-dedup: .venv/.installed  ## exact and near-duplicates at scale, against Ray Data; ten minutes on two idle cores, 25 GB of disk
 	$(BIN)/python tests/benchmarks/dedup.py
+
+bench-durable: .venv/.installed  ## a build to a real S3 server against the same to a local disk, in turns; two minutes on two idle cores
+	$(BIN)/python tests/benchmarks/durable.py
 
 bench-robustness: .venv/.installed  ## changed copies found by perceptual hash and embedding; PHOTOS=FOLDER for photographs; minutes
 	$(BIN)/pip install -q -c constraints.txt '.[bench]'

@@ -27,6 +27,13 @@ from cluster.remote import call
 
 # Asked for a folder, their clients make buckets.
 _WITHOUT_FOLDERS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
+# The extra of this distribution that brings a protocol's library.
+_EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
+    "hf": "hf",
+}
 # Of these nobody has to look before he creates.
 _WITH_CONDITIONAL_PUT = _WITHOUT_FOLDERS | {"memory"}
 
@@ -53,7 +60,7 @@ class Store:
             )
         self._fs: Any
         # Listings are never cached: other processes write here too.
-        self._fs, root = fsspec.core.url_to_fs(
+        self._fs, root = open_file_system(
             os.path.expanduser(url) if "://" not in url else url, use_listings_cache=False
         )
         self._root = str(root).rstrip("/")
@@ -220,6 +227,16 @@ class Store:
             raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def open_file_system(url: str, **options: Any) -> tuple[Any, str]:
+    """(file system, path on it) of a URL. ImportError, naming what to install, where its library is missing."""
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(url.split("://")[0])
+        raise ImportError(f"{error}: pip install 'pairmill[{extra}]'" if extra else str(error)) from error
+    return fs, str(path)
 
 
 def is_elsewhere(path: str) -> bool:

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cluster.errors import RequestError
 from cluster.redact import redact_url
 from cluster.scratch import scratch_folder
+from cluster.store import open_file_system
 
 FORMATS = {
     ".parquet": "parquet",
@@ -115,7 +116,7 @@ def _expand(pattern: str, format: str, key: str) -> list[Source]:
     from pipeline.readers.datasets import find_dataset  # which makes sources
 
     try:
-        fs, path = fsspec.core.url_to_fs(os.path.expanduser(pattern))
+        fs, path = open_file_system(os.path.expanduser(pattern))
     except (ValueError, ImportError) as error:
         raise RequestError(f"{key}={pattern}: cannot open this location: {error}") from None
     try:
