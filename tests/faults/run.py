@@ -80,11 +80,13 @@ def run_part(
     from drill_build import BuildDrill, write_short_list
     from server import start_server
 
+    deadline = time.monotonic() + limit_s
     with start_server() as port:
         url_list = folder / f"{part}.parquet"
         num_rows = write_short_list(url_list, port, NUM_PAIRS_DISK if part == "disk" else options.pairs)
         reference = undisturbed_build(url_list, here / "reference")
         diary.note("undisturbed build", rows=num_rows)
+        limit_s = deadline - time.monotonic()
         if part == "disk":
             from drill_disk import DiskDrill
 
