@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from pipeline.buckets import Records
 
-HAS_BYTES, HAS_LOOK = 1, 2
-"""Bits of `flags`: whether the hash of the bytes, and the perceptual hashes, are known."""
+HAS_BYTES, HAS_LOOK, HAS_URL = 1, 2, 4
+"""Bits of `flags`: whether the hash of the bytes, the perceptual hashes, and a URL, are known."""
 FACTS = np.dtype(
     [
         ("unit", "<u4"),
@@ -45,8 +45,10 @@ def facts_of(
     facts = np.zeros(table.num_rows, FACTS)
     facts["unit"], facts["row"] = unit, rows
     facts["uid_high"], facts["uid_low"] = _words(table["uid"])
-    for name in ("url", "caption"):
-        facts[f"{name}_high"], facts[f"{name}_low"] = _text_hashes(table[name].to_pylist())
+    urls = table["url"].to_pylist()
+    for name, texts in (("url", urls), ("caption", table["caption"].to_pylist())):
+        facts[f"{name}_high"], facts[f"{name}_low"] = _text_hashes(texts)
+    facts["flags"] |= np.where([bool(url) for url in urls], HAS_URL, 0).astype(np.uint32)
     facts["num_chars"] = pc.fill_null(pc.utf8_length(table["caption"]), 0).to_numpy()
     if "sha256" in table.schema.names:
         facts["bytes_high"], facts["bytes_low"] = _words(table["sha256"])

@@ -13,7 +13,7 @@ from cluster.store import Store
 from pipeline.buckets import Records, write_buckets, write_in_buckets
 from pipeline.duplicates.config import Preference
 from pipeline.duplicates.exchange import make_drops, read_facts
-from pipeline.duplicates.facts import COLUMNS, HAS_BYTES, OPTIONAL_COLUMNS, facts_of
+from pipeline.duplicates.facts import COLUMNS, HAS_BYTES, HAS_URL, OPTIONAL_COLUMNS, facts_of
 from pipeline.manifest import Shard
 from pipeline.selection import KNOWN, ROWS_PER_GROUP, Drops, read_table
 
@@ -52,7 +52,7 @@ class Criterion:
 
 
 BYTES = Criterion(facts=("bytes",), flags=HAS_BYTES)
-URL = Criterion(facts=("url",))
+URL = Criterion(facts=("url",), flags=HAS_URL)
 BYTES_AND_CAPTION = Criterion(facts=("bytes", "caption"), flags=HAS_BYTES)
 
 

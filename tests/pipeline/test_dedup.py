@@ -196,6 +196,11 @@ def test_samples_without_a_hash_of_their_bytes_are_left_alone() -> None:
     assert URL.has_key(without).all()
 
 
+def test_samples_without_a_url_are_not_duplicates_of_one_another() -> None:
+    columns = {"uid": [f"{uid:032x}" for uid in range(4)], "url": [None, None, "", "u"], "caption": ["c"] * 4}
+    assert URL.has_key(facts_of(pa.table(columns), 0, range(4), {})).tolist() == [False, False, False, True]
+
+
 def test_partitions_follow_from_the_number_of_keys() -> None:
     assert [exchange.num_partitions(keys) for keys in (0, 1, 1_000_000, 1_000_001)] == [1, 1, 1, 2]
 
