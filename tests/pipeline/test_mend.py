@@ -254,3 +254,19 @@ def test_a_stopped_repair_goes_on(copy: Path, dataset: Path, monkeypatch: pytest
 
 def stop(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_dataset_made_of_another_is_made_whole_and_the_other_not_touched(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    assert main(["curate", str(dataset), f"output={new}", "curate.min_side_px=0", "pack.samples_per_shard=7"]) == 0
+    assert main(["verify", str(new)]) == 0
+    whole, base = published(new), contents(dataset)
+    for pattern in ("journal/decide/00000-00001.json", "journal/fetch/00000-00002.json", "journal/revisit/*3.json"):
+        glob(new, pattern).unlink()
+    flip_bit(new / "shards/00001.tar")
+    assert main(["verify", str(new), "--repair"]) == 0, capsys.readouterr().out
+    assert "4 damaged, 0 after the repair" in capsys.readouterr().out
+    assert published(new) == whole
+    assert contents(dataset) == base
