@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+import pipeline.duplicates.keys as keys_module
 from cluster.config import parse
 from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
@@ -22,7 +23,7 @@ from pipeline.curation.context import Context, Curated
 from pipeline.duplicates import exact, exchange
 from pipeline.duplicates.config import DedupConfig
 from pipeline.duplicates.facts import facts_of
-from pipeline.duplicates.keys import BYTES, BYTES_AND_CAPTION, URL, find_duplicates, make_keys, partition_of, ranks
+from pipeline.duplicates.keys import BYTES, BYTES_AND_CAPTION, KEY, URL, find_duplicates, make_keys, partition_of, ranks
 from pipeline.selection import Groups, representative_uid, survivors
 
 # units of (uid, body, url, caption, source)
@@ -163,6 +164,30 @@ def test_the_result_does_not_depend_on_the_order_of_the_keys() -> None:
         assert len(dropped) == 400 - len(expected)
         for row, low in zip(dropped["row"].tolist(), representatives["uid_low"].tolist(), strict=True):
             assert low == expected[bodies[row]]
+
+
+def test_words_are_sorted_to_the_same_result_as_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(1)
+    keys = np.zeros(5_000, KEY)
+    for name in ("uid_high", "uid_low"):
+        keys[name] = draw.integers(0, 2**64, len(keys), np.uint64)
+    keys["row"], keys["rank"] = np.arange(len(keys)), draw.integers(1, 4, len(keys))
+    hashes = draw.integers(0, 2**64, (2_000, 2), np.uint64)
+    keys["key_high"], keys["key_low"] = hashes[draw.integers(0, len(hashes), len(keys))].T
+    best: dict[Any, Any] = {}
+    for key in np.sort(keys, order=["rank", "uid_high", "uid_low"])[::-1]:
+        best[int(key["key_high"]), int(key["key_low"])] = int(key["row"])
+    expected = {
+        int(key["row"]): of
+        for key in keys
+        if (of := best[int(key["key_high"]), int(key["key_low"])]) != int(key["row"])
+    }
+    slow = keys_module._find_by_sorting
+    monkeypatch.setattr(keys_module, "_find_by_sorting", None)  # uids differ at once: nobody needs it
+    found = keys_module.find_places(keys)
+    assert len(found[0]) == len(expected)
+    assert dict(zip(*(side.tolist() for side in found), strict=True)) == expected
+    assert dict(zip(*(side.tolist() for side in slow(keys, np.arange(len(keys)))), strict=True)) == expected
 
 
 @pytest.mark.parametrize("count", [0, 1])
