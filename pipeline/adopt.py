@@ -14,7 +14,7 @@ Stage `revisit`, a unit per fetch unit of the base:
     counts            rows, reason:<reason> as of the fetch stage; downloaded (images), missing (pairs), moved (pairs
                       that are not here)
 
-With it the new dataset's fetch markers are made: these rows, and the images of the base.
+With it the new dataset's fetch markers are made: these rows, their answers, and the images of the base.
 """
 
 import re
@@ -48,6 +48,8 @@ MODEL_STAGES = re.compile(r"(score|embed)-.+")
 """Stages whose names tell the model and its settings, with a unit per fetch unit: they are good for the same rows."""
 _LATER = re.compile(r"later-(\d+)-")
 _VERDICT = ("reason", "rule", "score", "threshold", "detail")
+_ANSWER = ("status", *_VERDICT)
+_ANSWERS_FILE = "answers.parquet"
 _BASE_STAGE = "base-fetch"
 
 
@@ -63,6 +65,13 @@ class BaseUnit:
     def rows(self) -> WorkFile:
         # Not of the stage `fetch`: there the new dataset has rows of its own.
         return replace(WorkFile.of(self.marker, "rows.parquet"), stage=_BASE_STAGE)
+
+    @property
+    def answers(self) -> WorkFile | None:
+        """None where the rows themselves are as the download left them."""
+        if all(output.name != _ANSWERS_FILE for output in self.marker.outputs):
+            return None
+        return replace(WorkFile.of(self.marker, _ANSWERS_FILE), stage=_BASE_STAGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +199,14 @@ class RevisitStage:
 
     def units(self) -> list[Unit]:
         return [
-            Unit(id=unit.id, params={"rows": unit.rows, "later": unit.later})  # the images are not looked at
+            Unit(id=unit.id, params={"rows": unit.rows, "answers": unit.answers, "later": unit.later})  # no images
             for unit in self.units_of_base
         ]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         rows = read_checked(self.store, unit.params["rows"])
+        if answers := unit.params["answers"]:
+            rows = _with_columns(rows, read_checked(self.store, answers, _ANSWER))
         later = {
             uid for file in unit.params["later"] for uid in column_list(read_checked(self.store, file, ["uid"]), "uid")
         }
@@ -204,9 +215,11 @@ class RevisitStage:
         table = overlaid(here, planned)
         is_missing = pc.fill_null(pc.equal(table["reason"], Reason.NOT_DOWNLOADED.value), False)
         missing = planned.filter(is_missing)
+        answers = here.select(_ANSWER)
         if self.fetch_missing:
-            table = table.filter(pc.invert(is_missing))
+            table, answers = (each.filter(pc.invert(is_missing)) for each in (table, answers))
         pq.write_table(table, output.path("rows.parquet"), compression="zstd")
+        pq.write_table(answers, output.path(_ANSWERS_FILE), compression="zstd")
         pq.write_table(missing, output.path("missing.parquet"), compression="zstd")
         counts = count_fetched(table)
         for name in ("rows", *(name for name in counts if name.startswith("reason:"))):
@@ -264,9 +277,14 @@ def overlaid(rows: pa.Table, planned: pa.Table) -> pa.Table:
         for name in _VERDICT
     }
     columns["status"] = pc.if_else(pc.or_(is_planned, left_out), "dropped", rows["status"])
-    for name, values in columns.items():
-        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), values)
-    return rows.combine_chunks()
+    return _with_columns(rows, pa.table(columns)).combine_chunks()
+
+
+def _with_columns(rows: pa.Table, columns: pa.Table) -> pa.Table:
+    """The rows with these in the place of their own of the same names."""
+    for name in columns.column_names:
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), columns[name])
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,11 +334,11 @@ def fetch_markers(journal: Journal, units: Sequence[BaseUnit], revisited: Mappin
     made = {}
     for unit in units:
         marker = revisited[unit.id]
-        rows = next(output for output in marker.outputs if output.name == "rows.parquet")
+        rows = [output for output in marker.outputs if output.name in ("rows.parquet", _ANSWERS_FILE)]
         images = next(output for output in unit.marker.outputs if output.name == "images.tar")
         counts = {name: number for name, number in marker.counts.items() if name.startswith(("rows", "reason:"))}
         counts["images"] = marker.counts["downloaded"]
-        made[unit.id] = replace(marker, stage="fetch", outputs=(images, rows), counts=counts, inputs=None, seconds=0.0)
+        made[unit.id] = replace(marker, stage="fetch", outputs=(images, *rows), counts=counts, inputs=None, seconds=0.0)
     _copy(journal, "fetch", made)
     return made
 

@@ -105,6 +105,19 @@ def test_a_curated_dataset_is_curated_again(dataset: Path, words: Any, tmp_path:
     assert published(second) == published(dataset)
 
 
+def test_what_one_curation_drops_the_next_can_have_back(dataset: Path, tmp_path: Path) -> None:
+    """Downloads that a caption rule dropped are there still, and so are the reasons of those that had failed."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["curate", str(dataset), f"output={first}", "curate.max_caption_chars=9"]) == 0
+    assert {row["reason"] for row in record_of(first)} >= {"caption_too_long", None}
+    assert main(["curate", str(first), f"output={second}", "curate.max_caption_chars=null"]) == 0
+    assert published(second) == published(dataset)
+    told = ("uid", "status", "reason", "rule", "score", "threshold", "detail")
+    assert [[row[name] for name in told] for row in record_of(second)] == [
+        [row[name] for name in told] for row in record_of(dataset)
+    ]
+
+
 def test_two_workers_and_a_kill_change_no_byte(dataset: Path, tmp_path: Path) -> None:
     settings = ["curate.min_side_px=0", "pack.samples_per_shard=4"]
     assert main(["curate", str(dataset), f"output={tmp_path / 'one'}", *settings]) == 0
