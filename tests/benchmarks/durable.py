@@ -6,6 +6,7 @@ workers. Then once more without Ray, to count what is asked of the store. Takes 
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ BUILD_S = 300.0
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end as well
     with tempfile.TemporaryDirectory(prefix="durable") as name:
         folder = Path(name)
         make_photos(folder / "www", NUM_PHOTOS, seed=0)
