@@ -30,12 +30,14 @@ def compare_with_sets(
     references = WorkFile.of(gathered, REFERENCES_FILE)
     columns = []
     if curate.evaluation_distance is not None:
+        reach = max(REACH, curate.evaluation_distance)
+        named = sets.fingerprint if reach == REACH else f"{sets.fingerprint}-{reach}"  # it says what may be taken over
         hashes = HashMatchStage(
             store=context.store,
             references=references,
-            reach=max(REACH, curate.evaluation_distance),
+            reach=reach,
             inputs=tuple(inputs),
-            name=context.name(f"score-evaluation-{sets.fingerprint}"),
+            name=context.name(f"score-evaluation-{named}"),
         )
         columns.append(measured_column(DISTANCE, context.run_stage(hashes)))
     if model:

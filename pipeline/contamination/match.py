@@ -1,6 +1,7 @@
 """Stages that compare the downloaded images of a fetch unit with those of the evaluation sets, all at once.
 
-score-evaluation-<fingerprint>     scores.parquet: bits between perceptual hashes; not a number beyond REACH
+score-evaluation-<fingerprint>     scores.parquet: bits between perceptual hashes; not a number beyond REACH, or with
+                                   a greater threshold beyond that, which then ends the name
 score-likeness-<fingerprint>       scores.parquet: cosine of embeddings
 
 The detail of a score is the evaluation image: `coco: 000139.jpg, mirrored`. The references are read by every task and

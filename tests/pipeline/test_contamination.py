@@ -192,6 +192,8 @@ def test_another_threshold_reads_no_set_again(store: Store, tmp_path: Path) -> N
         compare(store, [fetched], evaluation_sets=[str(held_out)], evaluation_distance=bits) for bits in (0, 7)
     )
     assert first == second
+    (farther,) = compare(store, [fetched], evaluation_sets=[str(held_out)], evaluation_distance=15)
+    assert farther.files != first[0].files  # what is stored was not looked for so far away
     (held_out / "3.png").write_bytes(encode(draw(3)))
     assert compare(store, [fetched], evaluation_sets=[str(held_out)]) != first
 
