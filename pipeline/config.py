@@ -314,6 +314,13 @@ class BuildConfig(Config):
             for name, source in self.sources.items()
             if source.weight > 1
         ]
+        problems += [
+            f"sources.{name}.columns.{role}={column}: one column has to have them in all sources; call it alike "
+            f"everywhere and set columns.{role}={column} too"
+            for name, source in self.sources.items()
+            for role, column in (("boxes", source.columns.boxes), ("hash", source.columns.hash))
+            if column is not None and column != getattr(self.columns, role)
+        ]
         if self.fetch_missing and self.base is None:
             problems.append("fetch_missing: only `pairmill curate` knows what is missing; leave it out")
         return problems

@@ -18,6 +18,8 @@ from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
 from pipeline.duplicates.facts import COLUMNS, OPTIONAL_COLUMNS, facts_of
+from pipeline.mixture import without_caption
+from pipeline.readers.schema import LABEL
 from pipeline.rules.base import Rule
 from pipeline.rules.chosen import columns_of
 from pipeline.rules.decisions import Judged, judge
@@ -36,6 +38,8 @@ class DecideStage:
     measured: tuple[Measured, ...] = ()
     priorities: Mapping[str, int] = field(default_factory=dict)
     """of sources, see `facts_of`"""
+    has_labels: bool = False
+    """whether there are pairs with a category and no caption, see `pipeline.mixture`"""
     name: str = "decide"
     num_cpus: float = 1.0
     memory_bytes: int = 256 * 2**20
@@ -47,9 +51,17 @@ class DecideStage:
         rules: tuple[Rule, ...],
         measured: tuple[Measured, ...] = (),
         priorities: Mapping[str, int] | None = None,
+        has_labels: bool = False,
     ) -> "DecideStage":
         rows = tuple(WorkFile.of(marker, "rows.parquet") for marker in fetched)
-        return DecideStage(store=store, rows=rows, rules=rules, measured=measured, priorities=priorities or {})
+        return DecideStage(
+            store=store,
+            rows=rows,
+            rules=rules,
+            measured=measured,
+            priorities=priorities or {},
+            has_labels=has_labels,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers get a unit's files with the unit; the list of all of them stays with the driver."""
@@ -71,12 +83,14 @@ class DecideStage:
     def run(self, unit: Unit, output: UnitOutput) -> None:
         measured = {column: read_checked(self.store, file) for column, file in unit.params["measured"].items()}
         added = {name for column in measured for name in (column, f"{column}_detail")}
-        wanted = dict.fromkeys(["status", "num_rows", *COLUMNS, *columns_of(self.rules)])
+        labels = [LABEL] if self.has_labels else []
+        wanted = dict.fromkeys(["status", "num_rows", *COLUMNS, *columns_of(self.rules), *labels])
         names = [name for name in wanted if name not in added]
         table = read_checked(self.store, unit.params["rows"], names, OPTIONAL_COLUMNS)
         downloaded = np.flatnonzero([status == "ok" for status in column_list(table, "status")])
         rows = table.take(pa.array(downloaded, pa.int64()))
-        judged = judge(with_measured(rows, downloaded, measured), downloaded, self.rules)
+        spared = without_caption(rows) if self.has_labels else None
+        judged = judge(with_measured(rows, downloaded, measured), downloaded, self.rules, spared)
         pq.write_table(judged.decisions, output.path("decisions.parquet"), compression="zstd")
         is_kept = judged.blamed < 0
         kept = downloaded[is_kept]

@@ -12,6 +12,7 @@ from pipeline.decide import DecideStage
 from pipeline.duplicates.exact import drop_exact, drop_same_bytes_and_caption, drop_same_url
 from pipeline.duplicates.near import drop_near
 from pipeline.duplicates.semantic import drop_semantic
+from pipeline.mixture import has_labels
 from pipeline.models.measure import measure
 from pipeline.rules.chosen import image_rules
 from pipeline.selection import DecidedUnit, Groups, num_dropped
@@ -30,6 +31,7 @@ def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
         image_rules(context.config.curate),
         measure(context, fetched),
         priorities=source_priorities(context.config),
+        has_labels=has_labels(context.config),
     )
     decided = context.run_stage(replace(decide, name=context.name("decide")))
     num_kept = tuple(marker.counts["kept"] for marker in decided.values())

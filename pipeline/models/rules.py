@@ -37,7 +37,7 @@ class ImageTextScore(ScoreRule):
     threshold: float
     name = "curate.min_image_text_score"
     reason = Reason.CAPTION_MISMATCH
-    columns = (IMAGE_TEXT,)
+    columns = (IMAGE_TEXT, "caption")  # of pairs that need none it says nothing
     needs_image = True
     keeps = "at_least"
 
@@ -108,7 +108,7 @@ def model_rules(config: CurateConfig) -> tuple[ScoreRule, ...]:
     if config.min_image_text_score is not None:
         rules.append(ImageTextScore(threshold=config.min_image_text_score))
     if config.unscored == "drop" and rules:
-        rules.append(Unscored(columns=tuple(column for rule in rules for column in rule.columns)))
+        rules.append(Unscored(columns=tuple(rule.columns[0] for rule in rules)))
     if config.evaluation_sets and config.evaluation_distance is not None:
         rules.append(EvaluationDistance(threshold=config.evaluation_distance))
     if config.evaluation_sets and config.evaluation_similarity is not None:

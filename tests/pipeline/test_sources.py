@@ -104,6 +104,21 @@ def test_sources_with_other_columns_are_united_and_named(lists: Path, tmp_path: 
     assert sorted(mixture.sample(row).label for row in range(30, 39)) == sorted([0, 1, 2] * 3)
 
 
+def test_no_model_drops_categories_for_captions_that_they_have_not_got(
+    lists: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    sources = [
+        f"input={lists / 'pairs.csv'}",
+        f"sources.classes.input={lists / 'classes.parquet'}",
+        "sources.classes.label=category",
+        "curate.image_text_model=plugin_models:WithTexts",
+        "curate.min_image_text_score=1.1",
+    ]
+    assert main(["build", *words(tmp_path / "out", *sources)]) == 0
+    assert counts_of(tmp_path / "out") == {"caption_mismatch": 30, "kept": 9}
+
+
 def test_a_share_of_a_source_is_chosen_by_uid_and_a_smaller_one_is_part_of_it(
     lists: Path, site: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +153,10 @@ def test_a_share_of_a_source_is_chosen_by_uid_and_a_smaller_one_is_part_of_it(
         (["sources.a.weight=1"], "sources.a.input: required"),
         (["sources.a.input={lists}/none.csv"], "sources.a.input={lists}/none.csv: no such file"),
         (["sources.input.input={lists}/pairs.csv"], "not a name for a source"),
+        (
+            ["sources.a.input={lists}/pairs.csv", "sources.a.columns.boxes=tag"],
+            "sources.a.columns.boxes=tag: one column has to have them in all sources",
+        ),
         (["sources.a.input={lists}/pairs.csv", "sources.a.labl=x"], "sources.a.labl"),
         (["sources.a.input={lists}/classes.parquet"], "classes.parquet: no column caption"),
         (["sources.a.input={lists}/classes.parquet", "sources.a.label=clas"], "classes.parquet: no column clas"),
