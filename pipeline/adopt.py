@@ -115,6 +115,12 @@ class Base:
                 units.append(BaseUnit(id=unit_id, marker=replace(marker, unit=unit_id)))
         return [self._with_later(unit, home[unit.id], later) for unit in sorted(units, key=lambda unit: unit.id)]
 
+    def columns(self) -> list[str]:
+        """The columns of the planned rows."""
+        first = next(iter(Journal(self.store).markers(READ_STAGE).values()))
+        with self.store.open(first.path_of("rows.parquet")) as raw, pq.ParquetFile(raw) as file:
+            return list(file.schema_arrow.names)
+
     def adopt_lists(self, journal: Journal) -> dict[str, Marker]:
         """The markers of what was read: the lists are not looked at again."""
         markers = self._markers(Journal(self.store), READ_STAGE)

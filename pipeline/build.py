@@ -45,7 +45,7 @@ def build_command(config: BuildConfig) -> int:
         return _already_done(config)
     read = open_inputs(config)  # looks at the lists: nothing is written when one is missing or unreadable
     require_usable(config)
-    require_rules(config.curate, config.output, read.columns() if isinstance(read, ReadStage) else None)
+    require_rules(config.curate, config.output, read.columns())
     require_concepts(config.balance)
     require_reachable(config.ray)
     run = open_run(config.output, "build", config)

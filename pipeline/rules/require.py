@@ -5,21 +5,20 @@ from collections.abc import Collection
 from cluster.errors import RequestError, RunError
 from cluster.journal import Journal
 from cluster.store import Store
-from pipeline.models.rules import DISTANCE, IMAGE_TEXT, NSFW, SIMILARITY
-from pipeline.readers.schema import RESERVED
+from pipeline.fetch import FETCHED
+from pipeline.models.rules import model_rules
+from pipeline.rules.chosen import columns_of
 from pipeline.rules.config import LIST_KEYS, CurateConfig
 from pipeline.rules.lists import STAGE, read_lists
 from pipeline.rules.user import require_columns, user_rules
 
 
-def require_rules(config: CurateConfig, output: str, planned: Collection[str] | None) -> None:
+def require_rules(config: CurateConfig, output: str, planned: Collection[str]) -> None:
     """RequestError when a rule of the user's, or a list of words, URLs or hosts, cannot be used.
 
-    planned: the columns known before the download; None if they are not known yet.
+    planned: the columns known before the download.
     """
-    rules = user_rules(config)
-    if planned is not None:
-        require_columns(rules, planned, {*RESERVED, NSFW, IMAGE_TEXT, DISTANCE, SIMILARITY})
+    require_columns(user_rules(config), planned, {*FETCHED.names, *columns_of(model_rules(config))})
     try:
         read_lists(config)
     except RequestError:

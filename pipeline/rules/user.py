@@ -24,6 +24,13 @@ from pipeline.rules.base import Keeps, Rule, ScoreRule, Verdicts, limit_of
 from pipeline.rules.config import CurateConfig, RuleUse
 
 KEY = "curate.rules"
+MEASURED = {
+    "nsfw_score": "curate.max_nsfw_score",
+    "image_text_score": "curate.min_image_text_score",
+    "evaluation_distance": "curate.evaluation_sets",
+    "evaluation_similarity": "curate.evaluation_similarity",
+}
+"""Columns that there are only where a key asks for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,8 @@ def require_columns(rules: Sequence[UserRule], before: Collection[str], after: C
                     f"{KEY}: {rule.use} reads the column {name}, which is known after the download only; "
                     "set needs_image = True in its class"
                 )
+            if name in MEASURED:
+                raise RequestError(f"{KEY}: {rule.use} reads the column {name}; set {MEASURED[name]}, which makes it")
             near = difflib.get_close_matches(name, [*before, *after], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise RequestError(f"{KEY}: {rule.use} reads the column {name}, which the rows do not have{hint}")

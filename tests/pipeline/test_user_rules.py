@@ -71,6 +71,12 @@ class Tall(ScoreRule):
 class Hasty(Tall):
     needs_image = False
 
+class Scored(Tall):
+    columns = ("nsfw_score",)
+
+class Packed(Tall):
+    columns = ("shard",)
+
 @dataclass(frozen=True, kw_only=True)
 class Misspelt(ScoreRule):
     threshold: float = 1.0
@@ -190,6 +196,8 @@ def test_rules_about_images_work_after_the_download(mine: str) -> None:
         ({"use": "my_rules:NoReason"}, "its reason is 'Not a name'"),
         ({"use": "my_rules:NoSide", "threshold": 1}, "keeps is 'over'; set it to one of at_least"),
         ({"use": "my_rules:Hasty"}, "reads the column width, which is known after the download only; set needs_image"),
+        ({"use": "my_rules:Scored"}, "reads the column nsfw_score; set curate.max_nsfw_score, which makes it"),
+        ({"use": "my_rules:Packed"}, "reads the column shard, which the rows do not have"),
         ({"use": "my_rules:Misspelt"}, "reads the column captoin, which the rows do not have; did you mean caption"),
     ],
 )
