@@ -27,7 +27,7 @@ from pipeline.balance.concepts import concept_words, matcher_of, read_concepts
 from pipeline.balance.config import BalanceConfig
 from pipeline.balance.sample import MATCH, NO_CONCEPT, count_concepts, draw, probabilities
 from pipeline.curation.context import Context, Curated
-from pipeline.duplicates.exchange import group_tasks, read_facts, write_unit_drops
+from pipeline.duplicates.exchange import group_tasks, of_units, read_facts, write_unit_drops
 from pipeline.reasons import Reason
 from pipeline.selection import DROP, NONE, Drops, Groups, read_checked
 from pipeline.workfile import WorkFile
@@ -143,8 +143,9 @@ class CountStage:
         matcher = matcher_of(data, self.ignore_case)
         facts = read_facts(self.store, unit.params, self.drops)
         parts = [np.empty(0, MATCH)]
-        for number, file in enumerate(unit.params["rows"], unit.params["first_unit"]):
-            mine = facts[facts["unit"] == number]
+        for file, mine in zip(unit.params["rows"], of_units(facts, unit.params), strict=True):
+            if not len(mine):
+                continue
             captions = read_checked(self.store, file, ["caption"])["caption"].take(pa.array(mine["row"], pa.int64()))
             found = [matcher.find(caption) or [int(NO_CONCEPT)] for caption in captions.to_pylist()]
             matches = np.empty(sum(map(len, found)), MATCH)

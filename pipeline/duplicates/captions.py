@@ -74,13 +74,13 @@ def best_captions(captions: pd.DataFrame) -> pd.DataFrame:
 def write_captions(path: Path, captions: pd.DataFrame, buckets: Any, num_buckets: int) -> None:
     """Rows of (unit, row, uid, caption) by bucket, each bucket as an Arrow stream; absent where it is empty."""
     streams = [b""] * num_buckets
-    buckets = np.asarray(buckets)
-    for bucket in np.unique(buckets).tolist():
-        rows = captions[buckets == bucket]
+    order = np.argsort(buckets, kind="stable")
+    table = pa.Table.from_pandas(captions.iloc[order], schema=NO_CAPTIONS.schema, preserve_index=False)
+    edges = np.searchsorted(np.asarray(buckets)[order], np.arange(num_buckets + 1))
+    for bucket in np.flatnonzero(np.diff(edges)).tolist():
         sink = pa.BufferOutputStream()
-        table = pa.Table.from_pandas(rows, schema=NO_CAPTIONS.schema, preserve_index=False)
         with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+            writer.write_table(table.slice(edges[bucket], edges[bucket + 1] - edges[bucket]))
         streams[bucket] = sink.getvalue().to_pybytes()
     sizes = [len(stream) for stream in streams]
     data = np.frombuffer(b"".join(streams), np.uint8)

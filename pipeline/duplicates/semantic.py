@@ -33,6 +33,7 @@ from pipeline.duplicates.cosines import exact_cosines, nearest_preferred
 from pipeline.duplicates.exchange import (
     group_tasks,
     make_drops,
+    of_units,
     paths_of,
     read_facts,
     read_partition,
@@ -199,9 +200,9 @@ def read_vectors(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) 
     else:
         facts = read_facts(store, task, drops)
         parts = []
-        for unit, file in enumerate(files, task["first_unit"]):
+        for file, of_unit in zip(files, of_units(facts, task), strict=True):
             rows, found = file.read(store)
-            parts.append(found[np.searchsorted(rows, facts["row"][facts["unit"] == unit])])
+            parts.append(found[np.searchsorted(rows, of_unit["row"])])
         vectors = np.concatenate(parts)
     has = np.isfinite(vectors).all(axis=1)
     return facts[has], vectors[has]

@@ -226,6 +226,13 @@ def test_samples_without_a_url_are_not_duplicates_of_one_another() -> None:
     assert URL.has_key(facts_of(pa.table(columns), 0, range(4), {})).tolist() == [False, False, False, True]
 
 
+def test_facts_of_each_unit_are_told_apart_also_of_units_without_any() -> None:
+    sample = UNITS[0][0]
+    several = np.concatenate([facts((sample,) * count, unit) for unit, count in ((3, 2), (5, 1))])
+    parts = exchange.of_units(several, {"first_unit": 2, "end_unit": 7})
+    assert [part["unit"].tolist() for part in parts] == [[], [3, 3], [], [5], []]
+
+
 def test_partitions_follow_from_the_number_of_keys() -> None:
     assert [exchange.num_partitions(keys) for keys in (0, 1, 1_000_000, 1_000_001)] == [1, 1, 1, 2]
 
