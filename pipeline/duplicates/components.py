@@ -20,9 +20,9 @@ from cluster.errors import RunError
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, write_in_buckets
+from pipeline.buckets import Records, read_buckets, write_in_buckets
 from pipeline.curation.context import Context
-from pipeline.duplicates.exchange import paths_of, read_partition
+from pipeline.duplicates.exchange import overlapped, paths_of, read_partition
 from pipeline.duplicates.hamming import merge
 from pipeline.duplicates.keys import partition_of
 
@@ -137,8 +137,8 @@ class WholeStage:
         return [Unit(id="00000")]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        parts = [read_partition(self.store, self.edges, part, self.parts, EDGE) for part in range(self.parts)]
-        edges = np.concatenate(parts)
+        files = overlapped(self.store, lambda path: read_buckets(self.store, path, self.parts, EDGE)[0], self.edges)
+        edges = np.concatenate(files)
         node, smallest = smallest_of_component(edges[edges["neighbour"] < edges["node"]])
         is_leaf = node != smallest
         write_edges(output, node[is_leaf], smallest[is_leaf], self.parts)

@@ -123,9 +123,11 @@ class Look:
         """A hash goes to a range of each of the first distance + 1 blocks."""
         return (self.distance + 1) * self.ranges
 
-    def range_of(self, hashes: NDArray[np.uint64], block: int) -> NDArray[np.int64]:
+    def range_of(self, hashes: NDArray[np.uint64], block: int) -> NDArray[np.uint16]:
         """[N] the place of each hash, by its bits in a block."""
-        return block * self.ranges + partition_of(mixed(block_of(hashes, block)), self.ranges)
+        values = np.arange(1 << BLOCKS[block][1], dtype=np.uint64)
+        places: NDArray[np.uint16] = (block * self.ranges + partition_of(mixed(values), self.ranges)).astype(np.uint16)
+        return places[block_of(hashes, block).astype(np.intp)]
 
 
 def is_telling(facts: Records) -> NDArray[np.bool_]:
@@ -172,10 +174,11 @@ def _write_points(output: UnitOutput, best: Records, others: Records, look: Look
         nodes += [best["key_high"], others["key_high"]]
         hashes += [best["key_low"], others["key_low"]]
     points = np.empty(sum(map(len, nodes)), POINT)
-    points["hash"], points["node"] = np.concatenate(hashes), np.concatenate(nodes)
+    joined = np.concatenate(hashes)
+    points["hash"], points["node"] = joined, np.concatenate(nodes)
     parts, places = [], []
     for block in range(look.distance + 1):
-        place = look.range_of(points["hash"], block).astype(np.uint16)
+        place = look.range_of(joined, block)
         order = np.argsort(place, kind="stable")  # by radix
         parts.append(points.take(order))
         places.append(place[order])
@@ -256,8 +259,9 @@ def find_links(points: Records, distance: int, block: int) -> Records:
     """Edges, node > neighbour, that connect the nodes of hashes that are the same, or near and meet in this block."""
     if not len(points):
         return np.empty(0, EDGE)
-    order = np.argsort(points["hash"])
-    ordered, nodes = points["hash"][order], points["node"][order]
+    hashes = np.ascontiguousarray(points["hash"])
+    order = np.argsort(hashes)
+    ordered, nodes = hashes[order], points["node"][order]
     is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
     first = np.flatnonzero(is_first)
     smallest = np.minimum.reduceat(nodes, first)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.config import parse
 from cluster.executor import InlineExecutor, run_stage
-from cluster.journal import Journal, Marker
+from cluster.journal import Journal, Marker, UnitOutput
 from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.config import BuildConfig
@@ -218,6 +218,25 @@ def test_images_without_a_hash_and_flat_ones_are_left_alone_and_counted(store: S
     assert done.num_kept == (4, 0, 0)
     (marker,) = Journal(store).markers("near-keys").values()
     assert marker.counts == {"rows": 4, "without_hash": 2, "flat": 2}
+
+
+def test_all_edges_at_once_are_one_read_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, paths = Store(str(tmp_path)), []
+    nodes = np.arange(1, 41, dtype=np.uint64)
+    for number in range(4):
+        output = UnitOutput(tmp_path / str(number))
+        (tmp_path / str(number)).mkdir()
+        components.write_edges(output, nodes[number + 1 :: 4], nodes[number:-1:4][: len(nodes[number + 1 :: 4])], 7)
+        paths.append(f"{number}/edges.bin")
+    stage = components.WholeStage(store=store, edges=tuple(paths), parts=7, name="join")
+    output = UnitOutput(tmp_path)
+    reads = []
+    whole = Store.read_bytes
+    monkeypatch.setattr(Store, "read_range", None)
+    monkeypatch.setattr(Store, "read_bytes", lambda self, path: reads.append(path) or whole(self, path))
+    stage.run(stage.units()[0], output)
+    assert reads == paths
+    assert output.counts["edges"] == 39  # all but the smallest
 
 
 def test_a_path_is_one_component_after_few_rounds() -> None:
