@@ -141,12 +141,11 @@ def test_pairs_without_a_concept_may_stay(words: Words, tmp_path: Path) -> None:
     assert not [row for row in rows_of(tmp_path / "out") if row["reason"] == "balanced_out"]
 
 
-def test_two_workers_and_other_groups_give_the_same_bytes(
+def test_other_groups_give_the_same_bytes(
     balanced: Path, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Groups, "of", staticmethod(lambda num_rows: Groups(starts=tuple(range(len(num_rows) + 1)))))
-    more = [word for word in words(tmp_path / "out", *CHOICES) if word != "ray.address=inline"]
-    assert main(["build", *more, "ray.num_cpus=2"]) == 0
+    assert main(["build", *words(tmp_path / "out", *CHOICES)]) == 0
     assert files_of(tmp_path / "out") == files_of(balanced)
 
 

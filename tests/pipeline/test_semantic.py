@@ -161,10 +161,13 @@ def test_two_workers_and_a_resumed_build_give_the_same_bytes(build: Build, monke
         "dedup.semantic_similarity=0.97",
         "curate.max_nsfw_score=0.9",
         "curate.nsfw_model=plugin_models:MeanColour",
+        "balance.concepts=[picture,copy,moved]",
+        "balance.per_concept=6",
     )
     inline = build("inline", *settings)
     two = build("two", *settings, "ray.address=", "ray.num_cpus=2")
     assert shards(inline) == shards(two)
+    assert {"semantic_duplicate", "balanced_out"} <= {row["reason"] for row in records(two)}
     (inline / "manifest.json").unlink()
     for stage in ("semantic-pairs", "semantic-keys"):
         (next((inline / "journal" / stage).glob("*.json"))).unlink()
