@@ -59,30 +59,43 @@ def import_images(
     rows = [row for row, is_wanted in zip(rows, wanted.to_pylist(), strict=True) if is_wanted]
     if not rows:
         return
+    sizes = {row["index"]: row["import_size"] for row in rows}
+    for row in [row for row in rows if row["import_size"] > fetch.max_bytes]:
+        detail = f"{row['import_size']:,} bytes; fetch.max_bytes is {fetch.max_bytes:,}"
+        yield row["index"], _refused(row, Reason.TOO_LARGE, detail), None
+    rows = [row for row in rows if row["import_size"] <= fetch.max_bytes]
+    limit_bytes, open_bytes = fetch.memory_mib * 2**20 // 8, 0  # of what is read, and again of what is being decoded
     as_it_is = image.model_copy(update={"encode": "keep"})
     with ThreadPoolExecutor(READ_THREADS) as pool, lease_decoders(fetch.decode_threads, as_it_is) as decoders:
         watch = select.poll()
         watch.register(decoders.descriptor, select.POLLIN)
-        for row, body in _read_ahead(rows, store, pool):
+        for row, body in _read_ahead(rows, store, pool, limit_bytes):
             if outcome := _hand_over(row, body, claims, decoders):
                 yield row["index"], outcome, None
-            while decoders.num_open >= AHEAD:
+            else:
+                open_bytes += sizes[row["index"]]
+            while decoders.num_open >= AHEAD or open_bytes > limit_bytes:
                 watch.poll(POLL_MS)
-                yield from _taken(decoders, image)
+                for done in _taken(decoders, image):
+                    open_bytes -= sizes[done[0]]
+                    yield done
         while decoders.num_open:
             watch.poll(POLL_MS)
             yield from _taken(decoders, image)
 
 
 def _read_ahead(
-    rows: Sequence[dict[str, Any]], store: Store, pool: ThreadPoolExecutor
+    rows: Sequence[dict[str, Any]], store: Store, pool: ThreadPoolExecutor, limit_bytes: int
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Every row with the bytes at its place; some are read while others are decoded."""
     reading: deque[tuple[dict[str, Any], Future[bytes]]] = deque()
+    num_bytes = 0
     for row in rows:
         reading.append((row, pool.submit(_read, store, row["import_file"], row["import_offset"], row["import_size"])))
-        if len(reading) >= AHEAD:
+        num_bytes += row["import_size"]
+        while reading and (len(reading) >= AHEAD or num_bytes > limit_bytes):
             first, body = reading.popleft()
+            num_bytes -= first["import_size"]
             yield first, body.result()
     for row, body in reading:
         yield row, body.result()
@@ -108,21 +121,24 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 def _hand_over(row: dict[str, Any], body: bytes, claims: Claims, decoders: Decoders) -> Outcome | None:
     """Give an image to the decoders. Returns the row's outcome if it is none."""
-    outcome: Outcome = {
-        "status": "dropped",
-        "attempts": 0,
-        "received_bytes": 0,
-        "imported_from": row["import_file"],
-        "sha256": row["import_sha256"] or hashlib.sha256(body).hexdigest(),
-    }
+    sha256 = row["import_sha256"] or hashlib.sha256(body).hexdigest()
+    if len(body) < row["import_size"]:
+        return _refused(row, Reason.IMPORT_MISSING, f"{row['import_file']} ends inside it") | {"sha256": sha256}
     try:
-        if len(body) < row["import_size"]:
-            raise ImageError(Reason.IMPORT_MISSING, f"{row['import_file']} ends inside it")
         boxes: Boxes = claims.boxes_of(row["index"])
     except ImageError as refusal:
-        return outcome | {"reason": refusal.reason.value, "detail": refusal.detail}
-    decoders.give((row, outcome), body, boxes)
+        return _refused(row, refusal.reason, refusal.detail) | {"sha256": sha256}
+    decoders.give((row, _came(row) | {"sha256": sha256}), body, boxes)
     return None
+
+
+def _came(row: dict[str, Any]) -> Outcome:
+    """What is said of every imported row, whatever becomes of its image."""
+    return {"status": "dropped", "attempts": 0, "received_bytes": 0, "imported_from": row["import_file"]}
+
+
+def _refused(row: dict[str, Any], reason: Reason, detail: str) -> Outcome:
+    return _came(row) | {"reason": reason.value, "detail": detail}
 
 
 def _taken(decoders: Decoders, image: ImageConfig) -> Iterator[tuple[int, Outcome, Processed | None]]:

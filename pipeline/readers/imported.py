@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.identity import uid_keys, uid_text
-from pipeline.readers.rows import BATCH_ROWS, decoded_column, further_columns
+from pipeline.readers.rows import BATCH_ROWS, decoded_column, further_columns, utf8_column
 from pipeline.readers.schema import HASH_OF_STORED, ListSchema
 from pipeline.readers.sources import Source, local_copy
 from pipeline.readers.tables import image_column
@@ -71,7 +71,10 @@ def read_imported(
     with pq.ParquetFile(table) as file:
         column = image_column(source, file.schema_arrow) if source.format == "images" else ""
         for batch in file.iter_batches(BATCH_ROWS if not column else 256):
-            rows = {name: decoded_column(batch.column(name)).to_pylist() for name in _own(batch.schema.names, column)}
+            rows = {
+                name: utf8_column(decoded_column(batch.column(name))).to_pylist()
+                for name in _own(batch.schema.names, column)
+            }
             if column:
                 places = _written(batch.column(column).to_pylist(), rows["key"], images)
             told = [_told(row, source, places, content) for row in _as_dicts(rows, batch.num_rows)]
@@ -97,22 +100,27 @@ def _as_dicts(rows: Mapping[str, Sequence[Any]], count: int) -> Iterator[dict[st
 def _told(row: Mapping[str, Any], source: Source, places: Mapping[str, Place], content: str) -> dict[str, Any]:
     """One sample of a table as a row."""
     url, caption = row.get("url"), row.get("caption") or ""
-    told = {"url": url, "caption": caption, "uid": None, "identity": url}
+    told = {"url": url, "caption": caption, "uid": None, "identity": _identity(url, content, row.get("key"))}
     if source.format == "pairmill":
-        place = Place(offset=row["image_offset"], size=row["image_size"], file=source.images)
+        offset, size = row["image_offset"], row["image_size"]
+        place = Place() if None in (offset, size) else Place(offset=offset, size=size, file=source.images)
         told["uid"] = row["uid"]
     else:
         place = places.get(row["key"] or "", Place())
-        told["identity"] = url if url is not None else f"import:{content}/{row['key']}"
     status = row.get("status", "success")
     if status not in (None, "success"):
         return told | _without(Reason.IMPORT_FAILED, f"{status}: {row.get('error_message')}")
     if place.size < 0:
-        return told | _without(Reason.IMPORT_MISSING, f"{row['key']} is not in {source.images or source.name}")
+        return told | _without(Reason.IMPORT_MISSING, f"{row.get('key')} is not in {source.images or source.name}")
     sha256 = row.get("sha256")
     if row.get(HASH_OF_STORED) or not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
         sha256 = None
     return told | _with(place, sha256, row.get("original_width"), row.get("original_height"))
+
+
+def _identity(url: str | None, content: str, key: str | None) -> str:
+    """What the uid is made of beside the caption: images without an address are told apart by their place."""
+    return (url or "").strip() or f"import:{content}/{key}"
 
 
 def _of_tar(places: Mapping[str, Place], source: Source, content: str) -> Iterator[dict[str, Any]]:
@@ -120,7 +128,7 @@ def _of_tar(places: Mapping[str, Place], source: Source, content: str) -> Iterat
     for key, place in places.items():
         try:
             row = json.loads(place.texts.get("json", "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             row = {}
         row = row if isinstance(row, dict) else {}
         url = row.get("url") if isinstance(row.get("url"), str) else None
@@ -129,7 +137,7 @@ def _of_tar(places: Mapping[str, Place], source: Source, content: str) -> Iterat
             "url": url,
             "caption": caption if isinstance(caption, str) else "",
             "uid": None,
-            "identity": url or f"import:{content}/{key}",
+            "identity": _identity(url, content, key),
         }
         if place.size < 0:
             yield told | _without(Reason.IMPORT_MISSING, f"{key} has no image in {source.images}")
@@ -139,7 +147,7 @@ def _of_tar(places: Mapping[str, Place], source: Source, content: str) -> Iterat
 
 def _not_in_table(places: Mapping[str, Place], source: Source, content: str) -> Iterator[dict[str, Any]]:
     for key in places:
-        yield {"url": None, "caption": "", "uid": None, "identity": f"import:{content}/{key}"} | _without(
+        yield {"url": None, "caption": "", "uid": None, "identity": _identity(None, content, key)} | _without(
             Reason.IMPORT_UNLISTED, f"{key} of {source.images}"
         )
 
@@ -175,25 +183,32 @@ def _batches(rows: Iterator[dict[str, Any]], schema: ListSchema) -> Iterator[pa.
 
 
 def _batch(rows: Sequence[Mapping[str, Any]], extras: Mapping[str, pa.Array], schema: ListSchema) -> pa.RecordBatch:
-    captions = pa.array([row["caption"] for row in rows], pa.string())
-    identities = pa.array([row["identity"] for row in rows], pa.string())
+    captions = _texts(rows, "caption")
+    identities = _texts(rows, "identity")
     computed = uid_text(uid_keys(identities, captions)).to_pylist()
     uids = [row["uid"] or uid for row, uid in zip(rows, computed, strict=True)]
     columns = {
-        "url": pa.array([row["url"] for row in rows], pa.string()),
+        "url": _texts(rows, "url"),
         "caption": captions,
         "reason": pa.array([row["reason"] for row in rows], pa.string()),
-        "detail": pa.array([row["detail"] for row in rows], pa.string()),
+        "detail": _texts(rows, "detail"),
         "uid": pa.array(uids, pa.string()),
         **{each.name: pa.array([row[each.name] for row in rows], each.type) for each in IMPORT},
     }
     fields = schema.fields()
     types = {each.name: each.type for each in fields}
-    more = {name: column.cast(types[name]) for name, column in extras.items()}
+    more = {name: utf8_column(column).cast(types[name]) for name, column in extras.items()}
     if HASH_OF_STORED in types:
         more[HASH_OF_STORED] = pa.array([row["is_stored"] for row in rows], pa.bool_())
     further = dict(zip(types, further_columns(more, len(rows), schema), strict=True))
     return pa.RecordBatch.from_pydict(columns | further)
+
+
+def _texts(rows: Sequence[Mapping[str, Any]], name: str) -> pa.StringArray:
+    """A column of text. What is no UTF-8 (in a member's name, or escaped in JSON) is spelt out and stays distinct."""
+    values: list[str | None] = [row[name] for row in rows]
+    spelt = [None if value is None else value.encode("utf-8", "backslashreplace").decode() for value in values]
+    return pa.array(spelt, pa.string())
 
 
 def _places(source: Source) -> dict[str, Place]:

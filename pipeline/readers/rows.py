@@ -150,6 +150,11 @@ def decoded_column(column: pa.Array) -> pa.Array:
     return column.cast(plain_type(column.type)) if column.type != plain_type(column.type) else column
 
 
+def utf8_column(column: pa.Array) -> pa.Array:
+    """A column; where it is text, bytes that are not UTF-8 are replaced."""
+    return _as_text(column)[0] if pa.types.is_string(column.type) else column
+
+
 def _as_text(column: pa.Array) -> tuple[pa.Array, Any]:
     """A column as strings, and which values are not UTF-8 (there, bad bytes are replaced)."""
     good = np.zeros(len(column), bool)

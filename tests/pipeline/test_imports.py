@@ -233,6 +233,42 @@ def test_a_tar_without_a_table_gives_its_captions_and_addresses(
     assert read_manifest(str(tmp_path / "out"))[1].counts == {"import_missing": 1, "kept": 3}
 
 
+def test_text_that_is_none_spoils_no_other_sample(tmp_path: Path) -> None:
+    members = {name: jpeg(ascii(name)) for name in ("a.jpg", "b.jpg", "c.jpg", "bad\udcff.jpg", "bad\udcfe.jpg")}
+    members |= {"a.json": b'{"url": "http://x/\\ud800", "caption": "half a pair: \\udc00"}'}
+    members |= {"b.json": b"[" * 200_000, "c.txt": b"\xff\xfe", "d\udcff.txt": b"no picture"}
+    write_tar(tmp_path / "in.tar", members)
+    assert build(tmp_path / "out", f"input={tmp_path / 'in.tar'}") == 0
+    assert read_manifest(str(tmp_path / "out"))[1].counts == {"import_missing": 1, "kept": 5}
+    assert {row["caption"] for row in samples_of(tmp_path / "out")} == {"half a pair: \\udc00", "\ufffd\ufffd", ""}
+
+
+def test_images_without_an_address_are_no_repeated_pair(tmp_path: Path) -> None:
+    folder = shard(tmp_path / "in", url=["", " ", "", "http://x/3 "], caption=["the same"] * 4)
+    assert build(tmp_path / "out", f"input={folder}") == 0
+    assert read_manifest(str(tmp_path / "out"))[1].counts == {"kept": 4}
+
+
+def test_tables_with_bytes_that_are_no_text_come_in_repaired(tmp_path: Path) -> None:
+    folder = shard(tmp_path / "in")
+    table = pq.read_table(folder / "00000.parquet")
+    broken = pa.array([b"one \xff", b"two", b"three", b"four"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(table.set_column(1, "caption", broken).append_column("note", broken), folder / "00000.parquet")
+    assert build(tmp_path / "out", f"input={folder}") == 0
+    assert {(row["caption"], row["note"]) for row in samples_of(tmp_path / "out")} == {
+        (text, text) for text in ("one \ufffd", "two", "three", "four")
+    }
+
+
+def test_an_image_larger_than_downloads_may_be_is_not_read(tmp_path: Path) -> None:
+    members = {"a.jpg": jpeg("a"), "b.jpg": jpeg("b"), "large.jpg": jpeg("c") + bytes(2**20)}
+    write_tar(tmp_path / "in.tar", members)
+    assert build(tmp_path / "out", f"input={tmp_path / 'in.tar'}", "fetch.max_bytes=1000000") == 0
+    assert read_manifest(str(tmp_path / "out"))[1].counts == {"kept": 2, "too_large": 1}
+    (row,) = (row for row in record_of(tmp_path / "out") if row["reason"])
+    assert "fetch.max_bytes is 1,000,000" in row["detail"]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
