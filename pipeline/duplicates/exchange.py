@@ -65,7 +65,7 @@ def read_facts(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) ->
 
 
 def of_units(facts: Records, task: Mapping[str, Any]) -> list[Records]:
-    """The facts of every fetch unit of a group, from those of `read_facts`, in one pass however many units there are."""
+    """Of `read_facts` those of every fetch unit of the group, in one pass however many units there are."""
     edges = np.searchsorted(facts["unit"], np.arange(task["first_unit"], task["end_unit"] + 1))
     return [facts[first:end] for first, end in pairwise(edges.tolist())]
 

@@ -4,7 +4,7 @@ Six blocks of bits: hashes that differ in at most three bits agree in at least t
 "Detecting near-duplicates for web crawling"). So every pair meets in one of 20 tables, one for each choice of three
 blocks, among the hashes that agree in those: 32 bits, give or take one. The tables whose first block is the same
 need the same hashes side by side, and of hashes that differ in d bits one of the first d + 1 blocks is the same: a
-hash is sent to d + 1 places, not to twenty.
+hash is sent to d + 1 places, not to twenty. Fewer bits need fewer tables (`tables`).
 
 Legend: N hashes, P pairs.
 """
@@ -38,15 +38,28 @@ def block_of(hashes: Hashes, block: int) -> Hashes:
 def near_pairs(hashes: Hashes, distance: int, first_block: int | None = None) -> Iterator[tuple[Places, Places]]:
     """([P], [P]) the places of pairs that differ in at most `distance` bits, in batches; a pair may come repeatedly.
 
-    hashes: [N] distinct. first_block: only what the tables that begin with this block find: all the pairs that agree
-    in it and in two later ones. Raises ValueError for a distance above `MAX_DISTANCE`: some pairs would be missed.
+    hashes: [N] distinct. first_block: only what the tables that begin with this block find: all the near pairs of which
+    it is the first block that is the same. Raises ValueError for a distance above `MAX_DISTANCE`: some pairs would be
+    missed.
     """
     if not 0 <= distance <= MAX_DISTANCE:
         raise ValueError(f"distance={distance}: has to be 0 to {MAX_DISTANCE}")
-    for table in combinations(range(len(BLOCKS)), 3):
-        if table[0] <= distance and first_block in (None, table[0]):
+    for table in tables(distance):
+        if first_block in (None, table[0]):
             rest = np.concatenate([_bits(block) for block in range(len(BLOCKS)) if block not in table])
             yield from _alike(hashes, _table_runs(hashes, table), rest, distance)
+
+
+def tables(distance: int) -> Iterator[tuple[int, int, int]]:
+    """Choices of three blocks of which any two near hashes agree in one: 20 for three bits, 7, 3, and none for 0 bits.
+
+    Where the first block that is the same is number f, f bits differ before it, and at most distance - f of the later
+    blocks do: more of these are the same than there are groups of them, so two of one group are (pigeonhole).
+    """
+    for first in range(distance + 1 if distance else 0):
+        for group in np.array_split(np.arange(first + 1, len(BLOCKS)), len(BLOCKS) - 2 - distance):
+            for second, third in combinations(group.tolist(), 2):
+                yield first, second, third
 
 
 def linked(hashes: Hashes, distance: int, first_block: int | None = None) -> Places:

@@ -80,6 +80,10 @@ def test_every_near_pair_is_found_and_no_other(distance: int, long_run: int, mon
         assert found == all_pairs(hashes, distance)
 
 
+def test_no_more_tables_than_are_needed() -> None:
+    assert [len(list(hamming.tables(distance))) for distance in range(4)] == [0, 3, 7, 20]
+
+
 def test_a_larger_distance_is_refused() -> None:
     with pytest.raises(ValueError, match="distance=4"):
         next(hamming.near_pairs(telling(2), 4))
@@ -230,10 +234,15 @@ def test_all_edges_at_once_are_one_read_of_each_file(tmp_path: Path, monkeypatch
         paths.append(f"{number}/edges.bin")
     stage = components.WholeStage(store=store, edges=tuple(paths), parts=7, name="join")
     output = UnitOutput(tmp_path)
-    reads = []
+    reads: list[str] = []
     whole = Store.read_bytes
+
+    def read(self: Store, path: str) -> bytes:
+        reads.append(path)
+        return whole(self, path)
+
     monkeypatch.setattr(Store, "read_range", None)
-    monkeypatch.setattr(Store, "read_bytes", lambda self, path: reads.append(path) or whole(self, path))
+    monkeypatch.setattr(Store, "read_bytes", read)
     stage.run(stage.units()[0], output)
     assert reads == paths
     assert output.counts["edges"] == 39  # all but the smallest
