@@ -65,9 +65,11 @@ def read_captions(streams: Sequence[Records]) -> pd.DataFrame:
 def best_captions(captions: pd.DataFrame) -> pd.DataFrame:
     """Of each sample the captions of the smallest uids, each once: one more than are kept, as one may be its own.
 
+    Empty ones are none.
+
     Doing it to parts and then to what is left of them is doing it to all.
     """
-    ordered = captions.sort_values(["unit", "row", "uid"], kind="stable")
+    ordered = captions[captions["caption"].fillna("") != ""].sort_values(["unit", "row", "uid"], kind="stable")
     return ordered.drop_duplicates(["unit", "row", "caption"]).groupby(["unit", "row"]).head(MAX_CAPTIONS + 1)
 
 

@@ -5,6 +5,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -79,6 +80,13 @@ def test_of_many_captions_those_of_the_smallest_uids_are_kept(
     monkeypatch.setattr(captions, "MAX_CAPTIONS", 3)
     units = [[pair(10 * unit + row, "same", f"caption {10 * unit + row}") for row in (5, 1, 3)] for unit in range(5)]
     assert packed(store, fetch(units))[1]["captions"] == ["caption 3", "caption 5", "caption 11"]
+
+
+def test_an_empty_caption_takes_no_ones_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captions, "MAX_CAPTIONS", 1)
+    told = ["", None, "a", "b", "c"]
+    rows = {"unit": 0, "row": 0, "uid": [str(uid) for uid in range(len(told))], "caption": told}
+    assert captions.best_captions(pd.DataFrame(rows))["caption"].tolist() == ["a", "b"]
 
 
 def test_a_build_writes_them_into_parquet_and_json(words: Any, tmp_path: Path) -> None:
