@@ -70,6 +70,8 @@ def _gather(context: Context, sets: EvaluationSets, model: Model | None) -> Mark
         files=tuple(
             (WorkFile.of(marker, REFERENCES_FILE), WorkFile.of(marker, EMBEDDINGS_FILE)) for marker in done.values()
         ),
+        by_hash=context.config.curate.evaluation_distance is not None,
+        by_embedding=model is not None,
         name=context.name(f"evaluation-{identity}"),
     )
     (marker,) = context.run_stage(gather).values()

@@ -32,7 +32,7 @@ from pipeline.workfile import WorkFile
 
 REACH = 7
 """Bits up to which the nearest evaluation image is found at least, so that another threshold needs no search."""
-REFERENCES_AT_ONCE = 8_192
+REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8_192, 2_048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +126,20 @@ def most_like(
 
     Rows of both are of length 1. A reference that is not a number is never found.
     """
+    pieces = [queries_QD[first : first + QUERIES_AT_ONCE] for first in range(0, len(queries_QD), QUERIES_AT_ONCE)]
+    found = [_most_like(piece, references_MD) for piece in pieces or [queries_QD]]
+    return np.concatenate([cosines for cosines, _ in found]), np.concatenate([numbers for _, numbers in found])
+
+
+def _most_like(
+    queries_QD: NDArray[np.float32], references_MD: NDArray[Any]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     best = np.full(len(queries_QD), -np.inf, np.float32)
     numbers = np.full(len(queries_QD), -1, np.int64)
     for first in range(0, len(references_MD), REFERENCES_AT_ONCE):
-        block = np.nan_to_num(references_MD[first : first + REFERENCES_AT_ONCE].astype(np.float32))
-        cosines = queries_QD @ block.T
+        block = references_MD[first : first + REFERENCES_AT_ONCE].astype(np.float32)
+        cosines = queries_QD @ np.nan_to_num(block).T
+        cosines[:, np.isnan(block).any(axis=1)] = -np.inf
         place = cosines.argmax(axis=1)
         value = cosines[np.arange(len(cosines)), place]
         is_better = value > best  # false for NaN

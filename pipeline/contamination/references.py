@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cluster.errors import RunError
 from cluster.executor import Unit
@@ -77,7 +78,7 @@ class ReadStage:
 
     def _images(self, part: Part) -> "_Read":
         known = _known_hashes(part)
-        if known and not self.model:  # nothing has to be looked at
+        if known and None not in known.values() and not self.model:  # nothing has to be looked at
             return list(known), pa.array(known.values(), pa.uint64()), np.empty((len(known), 0), np.float32), 0
         names: list[str] = []
         hashes: list[int] = []
@@ -122,9 +123,11 @@ class ReadStage:
         if self.model:
             width = int(self.model.load(self.config.threads).dimension)
             rows = table[EMBEDDING].to_pylist()
-            if bad := next((len(row or ()) for row in rows if len(row or ()) != width), None):
-                raise RunError(f"{KEY}: {url}: an embedding of {bad} numbers; {self.model.text} makes {width}")
-            embeddings = unit_length(np.asarray(rows, np.float32).reshape(-1, width))
+            for row in rows:
+                if row is not None and len(row) != width:
+                    raise RunError(f"{KEY}: {url}: an embedding of {len(row)} numbers; {self.model.text} makes {width}")
+            filled = [[np.nan] * width if row is None else row for row in rows]
+            embeddings = unit_length(np.asarray(filled, np.float32).reshape(-1, width))
         return names, hashes, embeddings, 0
 
 
@@ -134,13 +137,15 @@ _Read = tuple[list[str], pa.Array, Values, int]
 
 @dataclass(frozen=True, kw_only=True)
 class GatherStage:
-    """All references in one place. RunError for a set of which nothing could be read."""
+    """All references in one place. RunError for a set of which nothing could be read, or compared as it has to be."""
 
     store: Store
     set_names: tuple[str, ...]
     """of every part"""
     files: tuple[tuple[WorkFile, WorkFile], ...]
     """references and embeddings of every part"""
+    by_hash: bool
+    by_embedding: bool
     name: str
     num_cpus: float = 1.0
     memory_bytes: int = 2 * 2**30
@@ -154,13 +159,22 @@ class GatherStage:
         read = set(table["set"].to_pylist())
         if missing := sorted(set(self.set_names) - read):
             raise RunError(f"{KEY}: none of the images of {', '.join(missing)} can be read")
-        embeddings = [np.load(pa.BufferReader(vectors.read(self.store))) for _, vectors in self.files]
+        embeddings = np.concatenate([np.load(pa.BufferReader(vectors.read(self.store))) for _, vectors in self.files])
+        if self.by_hash:
+            self._require_some(table, table[HASH].is_valid().to_numpy(), "hash")
+        if self.by_embedding:
+            self._require_some(table, np.isfinite(embeddings).all(axis=1), "embedding")
         pq.write_table(table, output.path(REFERENCES_FILE))
-        np.save(output.path(EMBEDDINGS_FILE), np.concatenate(embeddings))
+        np.save(output.path(EMBEDDINGS_FILE), embeddings)
         output.count("images", table.num_rows)
 
+    def _require_some(self, table: pa.Table, is_usable: NDArray[np.bool_], what: str) -> None:
+        usable = set(table["set"].filter(pa.array(is_usable)).to_pylist())
+        if useless := sorted(set(self.set_names) - usable):
+            raise RunError(f"{KEY}: {', '.join(useless)}: no image has {'an' if what[0] == 'e' else 'a'} {what}")
 
-def _known_hashes(part: Part) -> dict[str, int]:
+
+def _known_hashes(part: Part) -> dict[str, int | None]:
     """{member of the tar: its hash} as a shard's own table has them; empty for other parts, and older datasets."""
     if part.kind != "shard":
         return {}
@@ -169,7 +183,7 @@ def _known_hashes(part: Part) -> dict[str, int]:
         if not {"key", "image_format", HASH} <= set(table.schema_arrow.names):
             return {}
         rows = table.read(["key", "image_format", HASH]).to_pylist()
-    return {f"{row['key']}.{row['image_format']}": row[HASH] for row in rows if row[HASH] is not None}
+    return {f"{row['key']}.{row['image_format']}": row[HASH] for row in rows}
 
 
 def _pictures(part: Part) -> Iterator[tuple[str, bytes]]:

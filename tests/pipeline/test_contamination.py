@@ -1,6 +1,7 @@
 """Images of evaluation sets are found, by whatever the set is made of, and leave the dataset with what they matched."""
 
 import io
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -83,13 +84,15 @@ def test_an_index_of_nothing_and_of_equal_hashes() -> None:
 
 def test_the_most_alike_embedding_is_found_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.contamination.match.REFERENCES_AT_ONCE", 2)
-    references = np.eye(5, 3, dtype=np.float16)
+    monkeypatch.setattr("pipeline.contamination.match.QUERIES_AT_ONCE", 3)
+    references = np.eye(4, 3, dtype=np.float16)
     references[3] = np.nan
-    queries = np.array([[0, 0, 1], [0.6, 0.8, 0], [np.nan] * 3], np.float32)
+    queries = np.array([[0, 0, 1], [0.6, 0.8, 0], [np.nan] * 3, [-0.6, -0.64, -0.48]], np.float32)
     cosines, numbers = most_like(queries, references)
-    assert numbers.tolist() == [2, 1, -1]
-    assert cosines[:2] == pytest.approx([1, 0.8])
+    assert numbers.tolist() == [2, 1, -1, 2]
+    assert cosines[[0, 1, 3]] == pytest.approx([1, 0.8, -0.48])
     assert np.isnan(cosines[2])
+    assert [len(values) for values in most_like(queries[:0], references)] == [0, 0]
 
 
 Sets = Callable[..., Any]
@@ -247,6 +250,33 @@ def test_a_set_of_which_nothing_can_be_read_ends_the_run(store: Store, tmp_path:
     (tmp_path / "val" / "a.jpg").write_bytes(b"no image")
     with pytest.raises(RunError, match="none of the images of val can be read"):
         compare(store, [fetched_unit(store, [draw(1)])], evaluation_sets=[str(tmp_path / "val")])
+
+
+def test_a_set_without_what_it_is_compared_by_ends_the_run(store: Store, tmp_path: Path) -> None:
+    nothing = pa.table({"phash": pa.nulls(2, pa.uint64()), "embedding": pa.nulls(2, pa.list_(pa.float32()))})
+    pq.write_table(nothing, tmp_path / "val.parquet")
+    fetched, asked = [fetched_unit(store, [draw(1)])], {"evaluation_sets": [str(tmp_path / "val.parquet")]}
+    with pytest.raises(RunError, match=r"val.parquet: no image has a hash"):
+        compare(store, fetched, **asked)
+    with pytest.raises(RunError, match=r"val.parquet: no image has an embedding"):
+        compare(store, fetched, **asked, evaluation_distance=None, evaluation_similarity=0.9)
+
+
+def test_a_dataset_of_which_some_hashes_are_missing_is_read(dataset: Path, store: Store, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "old")
+    row, image = first_image(dataset)
+    for path in sorted((tmp_path / "old/shards").glob("*.parquet")):
+        table = pq.read_table(path)
+        hashes = [
+            None if uid == row["uid"] else value
+            for uid, value in zip(*(table[n].to_pylist() for n in ("uid", "phash")), strict=True)
+        ]
+        place = table.schema.get_field_index("phash")
+        pq.write_table(table.set_column(place, "phash", pa.array(hashes, pa.uint64())), path)
+    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    (measured,) = compare(store, [fetched_unit(store, [pixels])], evaluation_sets=[str(tmp_path / "old")])
+    ((_, bits, detail),) = scores_of(store, measured)
+    assert (bits <= 3, detail) == (True, f"old: {row['key']}.jpg")
 
 
 def first_image(dataset: Path) -> tuple[dict[str, Any], bytes]:
