@@ -11,8 +11,8 @@ Stage `revisit`, a unit per fetch unit of the base:
                       not here; pairs that the base had left out before the download, and the new rules do not, have
                       the reason `not_downloaded`, or with `fetch_missing` are not here either, but in
     missing.parquet   PLANNED rows of these pairs
-    counts            rows, reason:<reason> as of the fetch stage; downloaded (images), missing (pairs), moved (pairs
-                      that are not here)
+    counts            rows, reason:<reason> as of the fetch stage; downloaded (images), stored (images, also those of
+                      pairs that the plan drops), missing (pairs), moved (pairs that are not here)
 
 With it the new dataset's fetch markers are made: these rows, their answers, and the images of the base.
 """
@@ -128,13 +128,17 @@ class Base:
         return markers
 
     def adopt_scores(self, journal: Journal, revisited: Mapping[str, Marker]) -> None:
-        """What models said of images, for units whose rows stand where they stood."""
+        """What models said of images, for units whose rows stand where they stood and of which they saw all images.
+
+        A base that was itself curated has not asked them about what its own rules had dropped.
+        """
         theirs = Journal(self.store)
         names = {entry.path.split("/")[1] for entry in self.store.find("journal") if entry.path.count("/") == 2}
-        whole = {unit for unit, marker in revisited.items() if not marker.counts.get("moved", 0)}
+        whole = {unit: marker.counts.get("stored") for unit, marker in revisited.items() if not marker.counts["moved"]}
         for stage in sorted(name for name in names if MODEL_STAGES.fullmatch(name)):
             markers = self._markers(theirs, stage)
-            _copy(journal, stage, {unit: marker for unit, marker in markers.items() if unit in whole})
+            seen = {unit: marker for unit, marker in markers.items() if whole.get(unit) == marker.counts["images"]}
+            _copy(journal, stage, seen)
 
     def next_number(self) -> int:
         """The number of units of the new dataset that are neither the base's nor of its repairs."""
@@ -231,6 +235,7 @@ class RevisitStage:
         for name in ("rows", *(name for name in counts if name.startswith("reason:"))):
             output.count(name, counts.get(name, 0))
         output.count("downloaded", counts.get("images", 0))  # not by us: `images` are what a command has fetched
+        output.count("stored", pc.sum(pc.equal(answers["status"], "ok")).as_py() or 0)
         output.count("missing", missing.num_rows)
         output.count("moved", rows.num_rows - table.num_rows)
 

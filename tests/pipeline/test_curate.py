@@ -180,9 +180,10 @@ def test_markers_of_models_are_taken_over(dataset: Path, tmp_path: Path) -> None
     old = tmp_path / "old"
     shutil.copytree(dataset, old)
     journal = Journal(Store(str(old)))
-    for unit in journal.markers("fetch"):
+    for unit, fetched in journal.markers("fetch").items():
         with journal.attempt("score-nsfw-1a2b", unit) as output:
             output.path("scores.npy").write_bytes(unit.encode())
+            output.count("images", fetched.counts["images"])
             journal.commit("score-nsfw-1a2b", unit, output)
     assert main(["curate", str(old), f"output={tmp_path / 'new'}", "curate.min_side_px=0"]) == 0
     new = Journal(Store(str(tmp_path / "new")))
@@ -191,6 +192,20 @@ def test_markers_of_models_are_taken_over(dataset: Path, tmp_path: Path) -> None
     for unit, marker in adopted.items():
         assert new.store.read_bytes(marker.path_of("scores.npy")) == unit.encode()
     assert json.loads((tmp_path / "new/manifest.json").read_text())["num_samples"] == 28
+
+
+def test_models_look_at_what_an_earlier_curation_had_dropped(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    model = "curate.nsfw_model=plugin_models:MeanColour"
+    strict = ["curate.max_nsfw_score=1", "curate.max_caption_chars=9"]
+    lax = ["curate.max_nsfw_score=0.5", "curate.max_caption_chars=null"]
+    assert main(["curate", str(dataset), f"output={tmp_path / 'strict'}", model, *strict]) == 0
+    assert main(["curate", str(tmp_path / "strict"), f"output={tmp_path / 'back'}", *lax]) == 0
+    assert main(["curate", str(dataset), f"output={tmp_path / 'at once'}", model, *lax]) == 0
+    assert published(tmp_path / "back") == published(tmp_path / "at once")
+    assert read_manifest(str(tmp_path / "back"))[1].counts["image_unsafe"] > 5
 
 
 def test_what_a_repair_of_the_base_recovered_is_kept_and_repaired_further(
