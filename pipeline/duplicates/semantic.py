@@ -1,9 +1,10 @@
 """Step semantic: of images that show the same as a model sees it one stays (SemDeDup: Abbas et al. 2023).
 
 embed-<model>       pipeline.models.stages; known-embed-<model> for the shards of `Context.known`
-semantic-sample     a group of fetch units: sample.bin, `VECTOR` records of a share of its samples, drawn by uid
+semantic-sample     some fetch units, or known shards: sample.bin, records (pipeline.duplicates.vectors) of a share of
+                    their samples, drawn by uid
 semantic-clusters   once: centres.npy, float32 [K, D] (pipeline.duplicates.clusters)
-semantic-keys       a group: keys.bin, `VECTOR` records of all its samples, a bucket per partition of clusters
+semantic-keys       the same units: keys.bin, records of all their samples, a bucket per partition of clusters
 semantic-pairs      a partition: scores.bin, a `DROP` for *every* sample with its greatest cosine to a preferred one
                     (pipeline.duplicates.cosines), a bucket per group; counts rows, alone (nothing to compare with), and
                     above:0.80 to above:0.99: how many each threshold would drop
@@ -14,8 +15,8 @@ it. Samples without an embedding stay. Where embeddings go through a stage, each
 """
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -25,55 +26,46 @@ from numpy.typing import NDArray
 from cluster.executor import Unit
 from cluster.journal import Journal, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, write_buckets, write_in_buckets
+from pipeline.buckets import Records, read_bucket, write_buckets, write_in_buckets
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.clusters import assign, make_clusters, num_clusters
 from pipeline.duplicates.config import Preference
 from pipeline.duplicates.cosines import exact_cosines, nearest_preferred
 from pipeline.duplicates.exchange import (
-    group_tasks,
     make_drops,
-    of_units,
+    overlapped,
     paths_of,
-    read_facts,
     read_partition,
     write_drops,
     write_unit_drops,
 )
-from pipeline.duplicates.keys import ranks, read_known
+from pipeline.duplicates.keys import ranks
+from pipeline.duplicates.vectors import (
+    TASK_BYTES,
+    GroupStage,
+    known_tasks_of,
+    make_vectors,
+    num_tasks,
+    read_vectors,
+    tasks_of,
+    vector_dtype,
+)
 from pipeline.generations import stage_name
 from pipeline.identity import chances
 from pipeline.models.chosen import Models
 from pipeline.models.config import ModelsConfig
 from pipeline.models.measure import embed, embed_known
-from pipeline.models.stages import Embedded, UnitImages
+from pipeline.models.stages import UnitImages
 from pipeline.reasons import Reason
 from pipeline.selection import DROP, KNOWN, NONE, Drops, Groups
 from pipeline.workfile import WorkFile
 
 SWEEP = tuple(round(0.80 + 0.01 * step, 2) for step in range(20))
 """Thresholds whose drops are counted."""
-PARTITION_BYTES = 256 * 2**20
-"""Embeddings that a task of semantic-pairs works on, about."""
 BASE_BYTES = 512 * 2**20
 SAMPLING = np.uint64(0x5EDA)
 """What the draws of this step are keyed by beside uid and seed."""
 Keep = Literal["prefer", "far", "near"]
-
-
-def vector_dtype(dimension: int) -> np.dtype[Any]:
-    """A sample with its embedding. rank: of several the smallest (rank, uid) is preferred, 0 is a known one."""
-    return np.dtype(
-        [
-            ("rank", "<u8"),
-            ("uid_high", "<u8"),
-            ("uid_low", "<u8"),
-            ("unit", "<u4"),
-            ("row", "<u4"),
-            ("cluster", "<u4"),
-            ("vector", "<f2", (dimension,)),
-        ]
-    )
 
 
 def drop_semantic(context: Context, curated: Curated) -> Drops | None:
@@ -85,10 +77,10 @@ def drop_semantic(context: Context, curated: Curated) -> Drops | None:
     embedded = embed(context, inputs, model)
     if not embedded:
         return None
-    tasks, size_bytes = _tasks(context, curated, embedded), sum(each.size_bytes for each in embedded)
+    tasks, size_bytes = tasks_of(curated, embedded), sum(each.size_bytes for each in embedded)
     if context.known:
         known = embed_known(context, model)
-        tasks = (*_known_tasks(context, known), *tasks)
+        tasks = (*known_tasks_of(context, known), *tasks)
         size_bytes += sum(each.size_bytes for each in known)
     num_rows = context.num_known + sum(curated.num_kept)
     count = num_clusters(num_rows, dedup.semantic_clusters)
@@ -114,12 +106,13 @@ def drop_semantic(context: Context, curated: Curated) -> Drops | None:
             dimension=dimension,
             count=count,
             num_rows=num_rows,
+            num_sampled=sum(marker.counts["sampled"] for marker in sampled.values()),
             seed=context.config.seed % 2**31,
             config=context.config.models,
             name=context.name("semantic-clusters"),
         )
     ).values()
-    parts = max(1, min(count, -(-size_bytes // PARTITION_BYTES)))
+    parts = min(count, num_tasks(size_bytes))
     keys = context.run_stage(
         KeysStage(
             centres=WorkFile.of(clusters, "centres.npy"),
@@ -138,7 +131,7 @@ def drop_semantic(context: Context, curated: Curated) -> Drops | None:
             parts=parts,
             groups=curated.groups,
             name=context.name("semantic-pairs"),
-            memory_bytes=BASE_BYTES + 6 * max(PARTITION_BYTES, size_bytes // parts),
+            memory_bytes=BASE_BYTES + 6 * max(TASK_BYTES, size_bytes // parts),
         )
     )
     if dedup.semantic_similarity is None:
@@ -171,71 +164,6 @@ def _above(threshold: float) -> str:
     return f"above:{threshold:.2f}"
 
 
-def _tasks(context: Context, curated: Curated, embedded: Sequence[Embedded]) -> tuple[Unit, ...]:
-    """The groups of fetch units, with the files of their embeddings."""
-    tasks = []
-    for task in group_tasks(curated, lambda unit: unit.facts):
-        files = tuple(embedded[task.params["first_unit"] : task.params["end_unit"]])
-        more = {"embedded": files, "size_bytes": sum(each.size_bytes for each in files)}
-        tasks.append(replace(task, params={**task.params, **more}))
-    return tuple(tasks)
-
-
-def _known_tasks(context: Context, embedded: Sequence[Embedded]) -> tuple[Unit, ...]:
-    """A task for each known shard."""
-    return tuple(
-        Unit(
-            id=f"known-{each.id}",
-            params={"paths": (shard.parquet.path,), "embedded": (each,), "size_bytes": each.size_bytes},
-        )
-        for shard, each in zip(context.known, embedded, strict=True)
-    )
-
-
-def read_vectors(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) -> tuple[Records, NDArray[np.float16]]:
-    """([N] FACTS, [N, D]) of a task's samples that have an embedding and that the steps before have left."""
-    files: Sequence[Embedded] = task["embedded"]
-    if "paths" in task:
-        facts, vectors = read_known(store, task["paths"]), files[0].read(store)[1]
-    else:
-        facts = read_facts(store, task, drops)
-        parts = []
-        for file, of_unit in zip(files, of_units(facts, task), strict=True):
-            rows, found = file.read(store)
-            parts.append(found[np.searchsorted(rows, of_unit["row"])])
-        vectors = np.concatenate(parts)
-    has = np.isfinite(vectors).all(axis=1)
-    return facts[has], vectors[has]
-
-
-def make_vectors(facts: Records, vectors: NDArray[np.float16]) -> Records:
-    """[N] records of `vector_dtype`, without rank and cluster."""
-    records = np.zeros(len(facts), vector_dtype(vectors.shape[1]))
-    for name in ("uid_high", "uid_low", "unit", "row"):
-        records[name] = facts[name]
-    records["vector"] = vectors
-    return records
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupStage:
-    """Base of the stages whose units are groups of fetch units, and known shards."""
-
-    store: Store
-    tasks: tuple[Unit, ...]
-    drops: tuple[Drops, ...]
-    name: str
-    memory_bytes: int
-    num_cpus: float = 1.0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers get a group's files with its unit; the list of all of them stays with the driver."""
-        return {**self.__dict__, "tasks": ()}
-
-    def units(self) -> Sequence[Unit]:
-        return self.tasks
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleStage(GroupStage):
     """A share of the samples, drawn by uid and seed."""
@@ -263,6 +191,7 @@ class ClustersStage:
     dimension: int
     count: int
     num_rows: int
+    num_sampled: int
     seed: int
     config: ModelsConfig
     name: str
@@ -273,20 +202,33 @@ class ClustersStage:
 
     @property
     def memory_bytes(self) -> int:
-        return self.config.memory_mib * 2**20
+        of_sample = vector_dtype(self.dimension).itemsize + 4 * self.dimension  # as stored, and as faiss takes it
+        return max(self.config.memory_mib * 2**20, BASE_BYTES + self.num_sampled * of_sample)
 
     def units(self) -> Sequence[Unit]:
         return [Unit(id="all")]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        sample = read_partition(self.store, self.samples, 0, 1, vector_dtype(self.dimension))
-        sample = sample[np.lexsort((sample["row"], sample["unit"], sample["uid_low"], sample["uid_high"]))]
-        points = sample["vector"].astype(np.float32)
-        points /= np.linalg.norm(points, axis=1, keepdims=True)
+        points = self.points()
         centres = make_clusters(points, self.count, self.num_rows, seed=self.seed, threads=self.config.threads)
         np.save(output.path("centres.npy"), centres)
         output.count("clusters", len(centres))
-        output.count("sampled", len(sample))
+        output.count("sampled", len(points))
+
+    def points(self) -> NDArray[np.float32]:
+        """[S, D] the sample in the order of uids, of length 1; nothing of that size is held besides the files."""
+        dtype = vector_dtype(self.dimension)
+        files = overlapped(self.store, lambda path: read_bucket(self.store, path, 0, 1, dtype), self.samples)
+        order = np.lexsort(
+            tuple(np.concatenate([file[name] for file in files]) for name in ("row", "unit", "uid_low", "uid_high"))
+        )
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        points = np.empty((len(order), self.dimension), np.float32)
+        for file, of_file in zip(files, np.split(places, np.cumsum([len(file) for file in files])[:-1]), strict=True):
+            points[of_file] = file["vector"]
+        points /= np.sqrt(np.einsum("nd,nd->n", points, points))[:, None]
+        return points
 
 
 @dataclass(frozen=True, kw_only=True)

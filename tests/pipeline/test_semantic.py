@@ -12,19 +12,23 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.duplicates.clusters as clusters_module
+import pipeline.duplicates.vectors as vectors_module
 from cluster.config import validate
 from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.__main__ import main
+from pipeline.buckets import write_buckets
 from pipeline.config import BuildConfig
 from pipeline.curation.chain import curate
 from pipeline.curation.context import Context
 from pipeline.duplicates.clusters import assign, make_clusters
 from pipeline.duplicates.cosines import nearest_preferred
-from pipeline.duplicates.semantic import SWEEP, score_cluster, sweep, vector_dtype
+from pipeline.duplicates.semantic import SWEEP, ClustersStage, score_cluster, sweep
+from pipeline.duplicates.vectors import vector_dtype
 from pipeline.manifest import read_manifest
+from pipeline.models.config import ModelsConfig
 from pipeline.selection import KNOWN, NONE, representative_uid
 
 HERE = Path(__file__).parent
@@ -156,6 +160,10 @@ def test_a_build_drops_what_is_above_the_threshold_and_counts_every_other(build:
         assert row["duplicate_of"] in uids - {row["uid"]}
 
 
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors_module, "TASK_BYTES", 200)
+
+
 def test_two_workers_and_a_resumed_build_give_the_same_bytes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (
         "dedup.semantic_similarity=0.97",
@@ -164,7 +172,10 @@ def test_two_workers_and_a_resumed_build_give_the_same_bytes(build: Build, monke
         "balance.concepts=[picture,copy,moved]",
         "balance.per_concept=6",
     )
+    small_tasks(monkeypatch)
     inline = build("inline", *settings)
+    assert len(Journal(Store(str(inline))).markers("semantic-keys")) > 3
+    monkeypatch.setattr(vectors_module, "TASK_BYTES", 2**28)
     two = build("two", *settings, "ray.address=", "ray.num_cpus=2")
     assert shards(inline) == shards(two)
     assert {"semantic_duplicate", "balanced_out"} <= {row["reason"] for row in records(two)}
@@ -172,6 +183,7 @@ def test_two_workers_and_a_resumed_build_give_the_same_bytes(build: Build, monke
     for stage in ("semantic-pairs", "semantic-keys"):
         (next((inline / "journal" / stage).glob("*.json"))).unlink()
     before = shards(inline)
+    small_tasks(monkeypatch)
     again = build("inline", *settings)
     assert shards(again) == before
     assert [row["reason"] for row in records(again)] == [row["reason"] for row in records(two)]
@@ -188,9 +200,34 @@ def test_no_task_asks_a_model_again_for_another_threshold(build: Build, tmp_path
     assert kept[0] < kept[1]
 
 
+def test_the_sample_is_in_the_order_of_uids_and_its_memory_is_asked_for(store: Store, tmp_path: Path) -> None:
+    records = np.zeros(200, vector_dtype(8))
+    records["vector"] = unit_rows(200, 8) * np.float16(0.5)
+    records["uid_low"] = np.random.default_rng(0).permutation(200)
+    for number, part in enumerate((records[:90], records[:0], records[90:])):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        write_buckets(tmp_path / "out" / f"{number}.bin", part, np.zeros(len(part), np.int64), 1)
+    config = ModelsConfig(memory_mib=256)
+    common: dict[str, Any] = {
+        "store": store,
+        "count": 1,
+        "num_rows": 200,
+        "seed": 0,
+        "config": config,
+        "name": "clusters",
+    }
+    stage = ClustersStage(samples=("0.bin", "1.bin", "2.bin"), dimension=8, num_sampled=200, **common)
+    expected = records["vector"][np.argsort(records["uid_low"])].astype(np.float32)
+    assert stage.points() == pytest.approx(expected / np.linalg.norm(expected, axis=1, keepdims=True), abs=1e-6)
+    large = ClustersStage(samples=(), dimension=768, num_sampled=1_000_000, **common)
+    assert 1_000_000 * 768 * 6 < large.memory_bytes < 1_000_000 * 768 * 8
+
+
+@pytest.mark.parametrize("task_bytes", [1, 2**28])
 def test_newcomers_are_compared_with_the_samples_of_known_shards(
-    dataset: Path, store: Store, fetch: Any, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, store: Store, fetch: Any, monkeypatch: pytest.MonkeyPatch, task_bytes: int
 ) -> None:
+    monkeypatch.setattr(vectors_module, "TASK_BYTES", task_bytes)
     monkeypatch.syspath_prepend(str(HERE))
     known_store, manifest = read_manifest(str(dataset))
     known = tuple(
