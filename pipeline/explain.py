@@ -217,6 +217,8 @@ def _tables(store: Store) -> Iterator[_Table]:
             yield _Table(stage="record", unit=unit, path=recorded[unit].path_of("record.parquet"))
         else:
             yield _Table(stage="fetch", unit=unit, path=marker.path_of("rows.parquet"))
+    if fetched and journal.markers("revisit"):
+        return  # its units are those of the dataset that it is made of, and all of them have begun
     for name, marker in planned.items():
         for group in range(marker.counts["units"]):
             unit = f"{name}-{group:05}"

@@ -12,7 +12,7 @@ Stage `plan-order`, one unit per range of the 64-bit order (unit id `00000`, ...
     decisions.parquet   the verdicts of the rules that need no image (`rules.decisions.DECISIONS`), a row group a unit
     counts         rows (input rows), pairs (distinct pairs = rows in the file), units (row groups),
                    reason:<reason> (input rows that are dropped before any download), those of `Judged.count`,
-                   pairs:<reason> (pairs dropped by no rule)
+                   pairs:<reason> (pairs dropped by no rule of the group curate)
 
 PLANNED columns
     uid        string   32 hex digits, 128-bit hash of (url, caption)
@@ -316,7 +316,7 @@ def _count(rows: pa.Table, output: UnitOutput) -> None:
     for reason, rule, number in zip(*(rows[name].to_pylist() for name in ("reason", "rule", "num_rows")), strict=True):
         if reason is not None:
             output.count(f"reason:{reason}", number)
-            if rule is None:
+            if rule is None or not rule.startswith("curate."):
                 output.count(f"pairs:{reason}")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,7 +191,7 @@ def more(url_list: Path, site: Any, tmp_path: Path) -> list[str]:
 
 
 def test_what_an_earlier_dataset_has_is_not_fetched_again(
-    dataset: Path, site: Any, more: list[str], tmp_path: Path
+    dataset: Path, site: Any, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     requests = site.num_requests
     assert main(["build", *words(tmp_path / "new", *more, f"against={dataset}")]) == 0
@@ -203,9 +204,29 @@ def test_what_an_earlier_dataset_has_is_not_fetched_again(
         "kept": 1,
         **dict.fromkeys(("missing_url", "unreadable_row"), 1),  # which no download would change
     }
+    capsys.readouterr()
+    assert main(["build", *words(tmp_path / "new", *more, f"against={dataset}", "curate.dry_run=true")]) == 0
+    told = dict(re.findall(r"^  (\w+).* (\d+) +\d+$", capsys.readouterr().out, re.MULTILINE))
+    assert (told["in_earlier_dataset"], told["no"]) == ("40", "1")  # no image came of one pair
     twin = next(row for row in record_of(tmp_path / "new") if row["reason"] == "duplicate_bytes")
     assert twin["duplicate_of"] in {row["uid"] for row in samples_of(dataset)}
     assert [row["caption"] for row in samples_of(tmp_path / "new")] == ["a fresh one"]
+
+
+def test_a_curation_against_a_larger_dataset_tells_of_a_pair_once(
+    dataset: Path, site: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan has more ranges than that of the base, so its units have other names."""
+    few = tmp_path / "few.csv"
+    few.write_text("url,caption\n" + "".join(f"{site.url}/image/few{n},one of few {n}\n" for n in range(9)))
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert main(["build", *words(old, f"input={few}", "plan.rows_per_range=10")]) == 0
+    assert main(["curate", str(old), f"output={new}", f"against={dataset}"]) == 0
+    assert counts_of(new) == {"kept": 9}
+    capsys.readouterr()
+    for row in record_of(new):
+        assert main(["explain", str(new), row["uid"]]) == 0
+        assert capsys.readouterr().out.count("  result  ") == 1
 
 
 def test_against_gives_the_same_after_a_kill(
