@@ -17,6 +17,8 @@ from pipeline.identity import chances
 MATCH = np.dtype([("unit", "<u4"), ("row", "<u4"), ("concept", "<u4"), ("uid_high", "<u8"), ("uid_low", "<u8")])
 NO_CONCEPT = np.uint32(2**32 - 1)
 Matches = NDArray[np.void]
+DRAWN_AT_ONCE = 500_000
+"""Matches whose draws are worked out at once: what that needs is several times what is kept of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,15 @@ def draw(
 
     matches: the matches of some rows, a row's together. probability, words: [concepts], see `concepts.concept_words`.
     """
-    unmatched = matches["concept"] == NO_CONCEPT
-    concept = np.where(unmatched, 0, matches["concept"])
-    of_match = np.where(unmatched, float(keeps_unmatched), probability[concept])
-    uids = np.stack([matches["uid_high"], matches["uid_low"]], axis=1)
-    hits = chances(uids, words[concept], seed) < of_match
+    hits, of_match = np.empty(len(matches), bool), np.empty(len(matches))
+    for begin in range(0, len(matches), DRAWN_AT_ONCE):
+        piece = slice(begin, begin + DRAWN_AT_ONCE)
+        some = matches[piece]
+        unmatched = some["concept"] == NO_CONCEPT
+        concept = np.where(unmatched, 0, some["concept"])
+        of_match[piece] = np.where(unmatched, float(keeps_unmatched), probability[concept])
+        uids = np.stack([some["uid_high"], some["uid_low"]], axis=1)
+        hits[piece] = chances(uids, words[concept], seed) < of_match[piece]
     is_first = np.ones(len(matches), bool)
     is_first[1:] = (matches["unit"][1:] != matches["unit"][:-1]) | (matches["row"][1:] != matches["row"][:-1])
     first = np.flatnonzero(is_first)

@@ -23,9 +23,10 @@ from cluster.errors import RunError
 from cluster.executor import Unit
 from cluster.journal import Journal, Marker, UnitOutput
 from cluster.store import Store
-from pipeline.balance.concepts import concept_words, matcher_of, read_concepts
+from pipeline.balance.concepts import Matcher, concept_words, matcher_of, read_concepts
 from pipeline.balance.config import BalanceConfig
-from pipeline.balance.sample import MATCH, NO_CONCEPT, count_concepts, draw, probabilities
+from pipeline.balance.sample import MATCH, NO_CONCEPT, Matches, count_concepts, draw, probabilities
+from pipeline.buckets import Records
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.exchange import group_tasks, of_units, read_facts, write_unit_drops
 from pipeline.reasons import Reason
@@ -142,23 +143,28 @@ class CountStage:
         data = self.concepts.read(self.store)
         matcher = matcher_of(data, self.ignore_case)
         facts = read_facts(self.store, unit.params, self.drops)
-        parts = [np.empty(0, MATCH)]
-        for file, mine in zip(unit.params["rows"], of_units(facts, unit.params), strict=True):
-            if not len(mine):
-                continue
-            captions = read_checked(self.store, file, ["caption"])["caption"].take(pa.array(mine["row"], pa.int64()))
-            found = [matcher.find(caption) or [int(NO_CONCEPT)] for caption in captions.to_pylist()]
-            matches = np.empty(sum(map(len, found)), MATCH)
-            of_row = mine[np.repeat(np.arange(len(mine)), [len(each) for each in found])]
-            for name in ("unit", "row", "uid_high", "uid_low"):
-                matches[name] = of_row[name]
-            matches["concept"] = [concept for each in found for concept in each]
-            parts.append(matches)
-        matches = np.concatenate(parts)
-        matches.tofile(output.path("matches.bin"))
-        np.save(output.path("counts.npy"), count_concepts(matches, data.count(b"\n") + 1))
+        counts = np.zeros(data.count(b"\n") + 1, np.int64)
+        with open(output.path("matches.bin"), "wb") as all_matches:
+            for file, mine in zip(unit.params["rows"], of_units(facts, unit.params), strict=True):
+                if len(mine):
+                    matches = self._matches(matcher, file, mine)
+                    matches.tofile(all_matches)
+                    found = np.bincount(matches["concept"][matches["concept"] != NO_CONCEPT])
+                    counts[: len(found)] += found
+                    output.count("unmatched", int((matches["concept"] == NO_CONCEPT).sum()))
+        np.save(output.path("counts.npy"), counts)
         output.count("rows", len(facts))
-        output.count("unmatched", int((matches["concept"] == NO_CONCEPT).sum()))
+
+    def _matches(self, matcher: Matcher, rows: WorkFile, facts: Records) -> Matches:
+        """Concepts of these rows of a fetch unit."""
+        captions = read_checked(self.store, rows, ["caption"])["caption"].take(pa.array(facts["row"], pa.int64()))
+        found = [matcher.find(caption) or [int(NO_CONCEPT)] for caption in captions.to_pylist()]
+        matches = np.empty(sum(map(len, found)), MATCH)
+        of_row = facts[np.repeat(np.arange(len(facts)), [len(each) for each in found])]
+        for name in ("unit", "row", "uid_high", "uid_low"):
+            matches[name] = of_row[name]
+        matches["concept"] = [concept for each in found for concept in each]
+        return matches
 
 
 @dataclass(frozen=True, kw_only=True)

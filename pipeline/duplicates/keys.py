@@ -231,7 +231,7 @@ def known_tasks(shards: Iterable[Shard]) -> list[Unit]:
 def read_known(store: Store, paths: Sequence[str]) -> Records:
     """[N] FACTS of all samples of these shards' tables: unit KNOWN, and their places for rows."""
     priorities: Mapping[str, int] = {}
-    tables = [read_table(store, path, COLUMNS, OPTIONAL_COLUMNS) for path in paths]
+    tables = (read_table(store, path, COLUMNS, OPTIONAL_COLUMNS) for path in paths)  # one at a time
     facts = [facts_of(table, int(KNOWN), range(table.num_rows), priorities) for table in tables]
     found = np.concatenate(facts)
     found["row"] = np.arange(len(found))

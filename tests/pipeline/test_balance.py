@@ -15,6 +15,7 @@ from cluster.journal import Journal, Marker
 from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.__main__ import main
+from pipeline.balance import sample
 from pipeline.balance.concepts import Matcher, concept_words, read_concepts
 from pipeline.balance.sample import MATCH, NO_CONCEPT, Matches, draw, probabilities
 from pipeline.balance.step import balance
@@ -93,6 +94,16 @@ def test_as_many_stay_as_expected_and_which_depends_on_pair_concept_and_seed_alo
     other = draw(matches, probability, words, 1, False)
     same = (20_000 * (0.1**2 + 0.9**2) + 4_000 * (0.3**2 + 0.7**2) + 4_000 * (0.37**2 + 0.63**2)) / 28_000
     assert (other.stays == drawn.stays).mean() == pytest.approx(same, abs=0.015)  # as of independent draws
+
+
+def test_draws_are_the_same_however_many_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    matches, probability = matches_of([[0, 1], [], [1], [0, 1, 2]] * 50), np.array([0.1, 0.3, 0.2])
+    at_once = draw(matches, probability, concept_words(list("abc")), 0, False)
+    monkeypatch.setattr(sample, "DRAWN_AT_ONCE", 4)
+    drawn = draw(matches, probability, concept_words(list("abc")), 0, False)
+    assert 0 < drawn.stays.sum() < 150
+    assert (drawn.stays == at_once.stays).all()
+    assert (drawn.probability == at_once.probability).all()
 
 
 def test_no_rows_are_no_draws() -> None:
