@@ -59,7 +59,7 @@ class SourceConfig(Config):
         "column with the category of each image, which becomes the column label; captions may be empty or absent",
     )
     weight: float = key(1.0, "share of the pairs that is taken, chosen by uid before any download; at most 1", ge=0)
-    priority: int = key(0, "of duplicates the one of the source with the largest is kept")
+    priority: int = key(0, "of duplicates the one of the source with the largest is kept", ge=-(10**9), le=10**9)
 
 
 class ReadConfig(Config):

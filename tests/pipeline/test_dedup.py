@@ -12,6 +12,7 @@ import pytest
 
 import pipeline.duplicates.keys as keys_module
 from cluster.config import parse
+from cluster.errors import RequestError
 from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
@@ -145,6 +146,15 @@ def test_preference_decides_who_represents(prefer: Any, kept: dict[str, int]) ->
     body_of = {uid: body for uid, body, *_ in samples}
     told = {body_of[int(key["uid_low"])]: int(key["uid_low"]) for key in representatives}
     assert told == {body: uid for body, uid in kept.items() if body != "d"}
+
+
+def test_the_greatest_priorities_are_told_apart_and_greater_ones_refused() -> None:
+    limit = 10**9
+    given = facts(tuple((uid, "a", "u", "c", name) for uid, name in enumerate("abc")), 0, {"a": -limit, "c": limit})
+    assert np.argsort(ranks(given, ["source", "caption"])).tolist() == [2, 1, 0]
+    for priority in (-limit - 1, limit + 1):
+        with pytest.raises(RequestError, match="priority"):
+            parse(BuildConfig, ["output=out", f"sources={{a: {{input: list, priority: {priority}}}}}"])
 
 
 @pytest.mark.parametrize("prefer", [["uid", "source"], ["source", "source"], ["name"]])
