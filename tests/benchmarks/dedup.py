@@ -173,6 +173,7 @@ class Cost:
 
 def measured(work: Callable[[], Any]) -> tuple[Any, Cost]:
     """(what the work gives, what it takes)."""
+    os.sync()  # else what it writes would wait for the input, which was written a moment ago
     with TreeMeter(pid=os.getpid()) as meter, watched() as memory:
         time.sleep(2 * INTERVAL_S)
         started = time.time()
