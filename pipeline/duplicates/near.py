@@ -52,6 +52,8 @@ POINT = np.dtype([("hash", "<u8"), ("node", "<u8")])
 MEMBER = np.dtype([*KEY.descr, ("phash", "<u8"), ("phash_mirror", "<u8")])
 """The best image of a hash: key_high is the component, key_low a permutation of its bits."""
 MIN_BITS = 16
+BYTES_PER_POINT = 160
+"""Memory of the search for near hashes."""
 MAX_RANGES = 1 << min(count for _, count in BLOCKS)
 
 
@@ -77,7 +79,13 @@ def drop_near(context: Context, curated: Curated) -> Drops | None:
         sources.insert(0, context.run_stage(known))
     points, images = (tuple(path for s in sources for path in paths_of(s, f)) for f in ("points.bin", "keys.bin"))
     links = context.run_stage(
-        LinksStage(store=context.store, points=points, look=look, name=context.name("near-links"))
+        LinksStage(
+            store=context.store,
+            points=points,
+            look=look,
+            num_points=sum(marker.counts["largest_place"] for source in sources for marker in source.values()),
+            name=context.name("near-links"),
+        )
     )
     found = components(context, links, parts, "near")
     members = context.run_stage(
@@ -142,7 +150,7 @@ def is_telling(facts: Records) -> NDArray[np.bool_]:
 
 
 def write_looks(output: UnitOutput, facts: Records, rank: NDArray[np.uint64], look: Look) -> None:
-    """Outputs of a keys stage. Counts rows, without_hash, flat.
+    """Outputs of a keys stage. Counts rows, without_hash, flat, largest_place (the most points of a place).
 
     keys.bin      `KEY` of the best image of each hash: (phash, phash_mirror); a bucket per part of the nodes
     repeats.bin   `DROP` of the others, one bucket
@@ -164,11 +172,14 @@ def write_looks(output: UnitOutput, facts: Records, rank: NDArray[np.uint64], lo
     best = keys.take(np.flatnonzero(is_best))
     write_in_buckets(output.path("keys.bin"), best, part_of(best["key_high"], look.parts), look.parts)
     has_other_mirror = keys["key_low"][dropped] != keys["key_low"][representatives]
-    _write_points(output, best, keys.take(dropped[has_other_mirror]), look)
+    output.count("largest_place", _write_points(output, best, keys.take(dropped[has_other_mirror]), look))
 
 
-def _write_points(output: UnitOutput, best: Records, others: Records, look: Look) -> None:
-    """Every hash of every image; of `others`, repeats with a mirror image's hash of their own, only this one."""
+def _write_points(output: UnitOutput, best: Records, others: Records, look: Look) -> int:
+    """Every hash of every image; of `others`, repeats with a mirror image's hash of their own, only this one.
+
+    Returns how many the place with the most of them gets.
+    """
     nodes, hashes = [best["key_high"]], [best["key_high"]]
     if look.mirror:
         nodes += [best["key_high"], others["key_high"]]
@@ -182,7 +193,9 @@ def _write_points(output: UnitOutput, best: Records, others: Records, look: Look
         order = np.argsort(place, kind="stable")  # by radix
         parts.append(points.take(order))
         places.append(place[order])
-    write_buckets(output.path("points.bin"), np.concatenate(parts), np.concatenate(places), look.num_places)
+    ordered = np.concatenate(places)
+    write_buckets(output.path("points.bin"), np.concatenate(parts), ordered, look.num_places)
+    return int(np.bincount(ordered).max(initial=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,14 +245,21 @@ class KnownKeysStage:
 
 @dataclass(frozen=True, kw_only=True)
 class LinksStage:
-    """A unit is a range of the values of a block: `edges.bin` that connect what is near there."""
+    """A unit is a range of the values of a block: `edges.bin` that connect what is near there.
+
+    num_points: no place has more. Hashes of images are uneven: a value of a block may have ten times its share.
+    """
 
     store: Store
     points: tuple[str, ...]
     look: Look
+    num_points: int
     name: str
     num_cpus: float = 1.0
-    memory_bytes: int = 1024 * 2**20
+
+    @property
+    def memory_bytes(self) -> int:
+        return 256 * 2**20 + self.num_points * BYTES_PER_POINT
 
     def units(self) -> Sequence[Unit]:
         return [

@@ -221,7 +221,25 @@ def test_images_without_a_hash_and_flat_ones_are_left_alone_and_counted(store: S
     )
     assert done.num_kept == (4, 0, 0)
     (marker,) = Journal(store).markers("near-keys").values()
-    assert marker.counts == {"rows": 4, "without_hash": 2, "flat": 2}
+    assert marker.counts == {"rows": 4, "without_hash": 2, "flat": 2, "largest_place": 0}
+
+
+@pytest.mark.usefixtures("cut")
+def test_memory_is_asked_for_what_the_largest_place_gets(
+    store: Store, fetch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alike = telling(110) >> np.uint64(11) << np.uint64(11)  # the first block is the same
+    alike = alike[np.bitwise_count(alike) >= near.MIN_BITS]
+    asked, links = list[int](), near.find_links
+
+    def find(points: Any, *how: int) -> Any:
+        asked.append(len(points))
+        return links(points, *how)
+
+    monkeypatch.setattr(near, "find_links", find)
+    curated(store, fetch_looks(fetch, alike, alike ^ np.uint64(1 << 63)), "dedup.near_distance=3")
+    declared = sum(marker.counts["largest_place"] for marker in Journal(store).markers("near-keys").values())
+    assert max(asked) == declared == 2 * len(alike)
 
 
 def test_all_edges_at_once_are_one_read_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
