@@ -24,6 +24,8 @@ class Command:
     parse: Callable[[type[Config], Sequence[str]], Config] = parse
     flags: tuple[str, ...] = ()
     """Settings that are switched on by `--name` as well."""
+    note: str = ""
+    """What has to be known of the keys."""
 
 
 def _build() -> tuple[type[Config], Callable[[Any], int]]:
@@ -89,6 +91,8 @@ COMMANDS = {
         words=("base",),
         load=_curate,
         parse=_parse_over_base,
+        note=" (each is as OLD has it where it is not given; others than those above, `against`, `models` and a source's\n"
+        "weight and priority cannot be changed if they affect the result)",
     ),
     "repair": Command(
         usage="OUT [key=value ...]",
@@ -140,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, command: Command, words: list[str]) -> int:
     model, action = command.load()
     if "--help" in words or "-h" in words:
-        print(f"usage: pairmill {name} {command.usage}\n\n{command.about}\n\nkeys:\n{help_text(model)}")
+        print(f"usage: pairmill {name} {command.usage}\n\n{command.about}\n\nkeys{command.note}:\n{help_text(model)}")
         return EXIT_DONE
     return action(command.parse(model, _as_settings(command, words)))
 

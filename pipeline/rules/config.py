@@ -190,6 +190,11 @@ class CurateConfig(Config):
         for limit, model in (("max_nsfw_score", "nsfw_model"), ("min_image_text_score", "image_text_model")):
             if getattr(self, limit) is not None and getattr(self, model) is None:
                 problems.append(f"curate.{limit}={getattr(self, limit)}: set curate.{model}, which gives the scores")
+        if self.evaluation_similarity is not None and not self.evaluation_sets:
+            problems.append(
+                f"curate.evaluation_similarity={self.evaluation_similarity}: set curate.evaluation_sets, of which images "
+                "are compared"
+            )
         if self.evaluation_sets and self.evaluation_distance is None and self.evaluation_similarity is None:
             problems.append(
                 "curate.evaluation_sets: set curate.evaluation_distance or curate.evaluation_similarity to compare by"

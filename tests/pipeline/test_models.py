@@ -251,6 +251,7 @@ def test_rows_that_no_model_could_score_stay_or_go_as_asked(tmp_path: Path) -> N
         ("curate", {"max_nsfw_score": 0.2, "nsfw_model": None}, "set curate.nsfw_model"),
         ("curate", {"evaluation_sets": "x", "evaluation_distance": None}, "set curate.evaluation_distance or"),
         ("curate", {"evaluation_sets": "x", "evaluation_similarity": 0.9}, "set dedup.semantic_model"),
+        ("curate", {"evaluation_similarity": 0.9}, "set curate.evaluation_sets, of which images are compared"),
         ("dedup", {"semantic_similarity": 0.9}, "set dedup.semantic_model, whose embeddings are compared"),
     ],
 )
