@@ -6,6 +6,7 @@
 A stage that hands keys to another writes one such file per unit; the other reads its bucket of every file.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.integer[Any]
     with open(path, "wb") as file:
         offsets.tofile(file)
         np.ascontiguousarray(records).tofile(file)
+
+
+def write_all_buckets(path: Path, buckets: Sequence[Records]) -> None:
+    """Write the records of every bucket."""
+    with open(path, "wb") as file:
+        np.cumsum([0, *map(len, buckets)], dtype=_OFFSET).tofile(file)
+        for records in buckets:
+            np.ascontiguousarray(records).tofile(file)
 
 
 def write_in_buckets(path: Path, records: Records, buckets: NDArray[np.integer[Any]], num_buckets: int) -> None:
@@ -49,12 +58,16 @@ def read_bucket(store: Store, path: str, bucket: int, num_buckets: int, dtype: n
     return np.frombuffer(store.read_range(path, first_byte, int(end - start) * dtype.itemsize), dtype)
 
 
-def read_buckets(store: Store, path: str, num_buckets: int, dtype: np.dtype[Any]) -> tuple[Records, NDArray[np.int64]]:
-    """(all records of a file in bucket order, the bucket of each), with one read."""
+def read_all_buckets(store: Store, path: str, num_buckets: int, dtype: np.dtype[Any]) -> list[Records]:
+    """The records of every bucket, with one read."""
     data = store.read_bytes(path)
-    sizes = np.diff(np.frombuffer(data, _OFFSET, num_buckets + 1)).astype(np.int64)
-    records = np.frombuffer(data, dtype, offset=(num_buckets + 1) * _OFFSET.itemsize)
-    return records, np.repeat(np.arange(num_buckets), sizes)
+    offsets = np.frombuffer(data, _OFFSET, num_buckets + 1)
+    return np.split(np.frombuffer(data, dtype, offset=offsets.nbytes), offsets[1:-1])
+
+
+def read_records(store: Store, path: str, num_buckets: int, dtype: np.dtype[Any]) -> Records:
+    """All records of a file in bucket order, with one read."""
+    return np.frombuffer(store.read_bytes(path), dtype, offset=(num_buckets + 1) * _OFFSET.itemsize)
 
 
 def read_bucket_sizes(store: Store, path: str, num_buckets: int) -> NDArray[np.int64]:

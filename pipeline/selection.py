@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cluster.journal import Marker
 from cluster.scratch import scratch_folder
 from cluster.store import Store
-from pipeline.buckets import Records, read_bucket, read_bucket_sizes, read_buckets
+from pipeline.buckets import Records, read_bucket, read_bucket_sizes, read_records
 from pipeline.readers.schema import RESERVED
 from pipeline.workfile import WorkFile
 
@@ -115,7 +115,7 @@ class Drops:
     def of_group(self, store: Store, group: int) -> Records:
         """Every `DROP` of a group, ordered by unit and row."""
         first, end = self.groups.range(group)
-        return read_buckets(store, self.paths[group], end - first, DROP)[0]
+        return read_records(store, self.paths[group], end - first, DROP)
 
 
 def survivors(store: Store, unit: DecidedUnit, drops: Sequence[Drops]) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 
 from cluster.store import Store
-from pipeline.buckets import Records, read_bucket, read_buckets, write_buckets
+from pipeline.buckets import Records, read_all_buckets, read_bucket, write_all_buckets
 from pipeline.selection import Groups
 
 MAX_CAPTIONS = 10
@@ -48,16 +48,14 @@ class Alternatives:
     def of_group(self, store: Store, group: int) -> pd.DataFrame:
         """All of a group, as (unit, row, uid, caption)."""
         first, end = self.groups.range(group)
-        kind, streams = np.dtype(np.uint8), []
-        for files in self.paths:
-            data, bucket = read_buckets(store, files[group], end - first, kind)
-            streams += np.split(data, np.flatnonzero(np.diff(bucket)) + 1)
-        return read_captions(streams)
+        kind = np.dtype(np.uint8)
+        files = [read_all_buckets(store, files[group], end - first, kind) for files in self.paths]
+        return read_captions([stream for streams in files for stream in streams])
 
 
 def read_captions(streams: Sequence[Records]) -> pd.DataFrame:
     """Arrow streams of (unit, row, uid, caption), some of which may be empty, as one table."""
-    tables = [pa.ipc.open_stream(stream.tobytes()).read_all() for stream in streams if len(stream)]
+    tables = [pa.ipc.open_stream(stream).read_all() for stream in streams if len(stream)]
     found: pd.DataFrame = pa.concat_tables([NO_CAPTIONS, *tables]).to_pandas()
     return found
 
@@ -75,7 +73,7 @@ def best_captions(captions: pd.DataFrame) -> pd.DataFrame:
 
 def write_captions(path: Path, captions: pd.DataFrame, buckets: Any, num_buckets: int) -> None:
     """Rows of (unit, row, uid, caption) by bucket, each bucket as an Arrow stream; absent where it is empty."""
-    streams = [b""] * num_buckets
+    streams = [np.empty(0, np.uint8)] * num_buckets
     order = np.argsort(buckets, kind="stable")
     table = pa.Table.from_pandas(captions.iloc[order], schema=NO_CAPTIONS.schema, preserve_index=False)
     edges = np.searchsorted(np.asarray(buckets)[order], np.arange(num_buckets + 1))
@@ -83,7 +81,5 @@ def write_captions(path: Path, captions: pd.DataFrame, buckets: Any, num_buckets
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table.slice(edges[bucket], edges[bucket + 1] - edges[bucket]))
-        streams[bucket] = sink.getvalue().to_pybytes()
-    sizes = [len(stream) for stream in streams]
-    data = np.frombuffer(b"".join(streams), np.uint8)
-    write_buckets(path, data, np.repeat(np.arange(num_buckets), sizes), num_buckets)
+        streams[bucket] = np.frombuffer(sink.getvalue(), np.uint8)
+    write_all_buckets(path, streams)

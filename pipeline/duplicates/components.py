@@ -20,7 +20,7 @@ from cluster.errors import RunError
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, read_buckets, write_in_buckets
+from pipeline.buckets import Records, read_records, write_in_buckets
 from pipeline.curation.context import Context
 from pipeline.duplicates.exchange import overlapped, paths_of, read_partition
 from pipeline.duplicates.hamming import merge
@@ -137,7 +137,7 @@ class WholeStage:
         return [Unit(id="00000")]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        files = overlapped(self.store, lambda path: read_buckets(self.store, path, self.parts, EDGE)[0], self.edges)
+        files = overlapped(self.store, lambda path: read_records(self.store, path, self.parts, EDGE), self.edges)
         edges = np.concatenate(files)
         node, smallest = smallest_of_component(edges[edges["neighbour"] < edges["node"]])
         is_leaf = node != smallest
