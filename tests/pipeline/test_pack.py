@@ -3,6 +3,7 @@
 import json
 import pickle
 import tarfile
+from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -27,6 +28,8 @@ from pipeline.manifest import SAMPLE_COLUMNS
 from pipeline.pack import PackStage, Part, _sample_json, cut_shards, sample_key
 from pipeline.plain import json_form, plain_values
 from pipeline.record import RecordStage, total_counts
+from pipeline.rules import ScoreRule
+from pipeline.rules.images import MinimumSide
 from pipeline.selection import DecidedUnit, read_table
 from pipeline.tar import TarWriter
 from pipeline.workfile import WorkFile
@@ -76,6 +79,36 @@ UNITS = [
 ]
 KEPT = [1, 2, 6, 7, 8]
 NONE = WorkFile(stage="fetch", unit="0", path="p" * 50, sha256="0" * 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talkative(ScoreRule):
+    """Drops every row, and says so."""
+
+    threshold: float = 0
+    name = "curate.talkative"
+    reason = "image_blank"
+    columns = ("uid",)
+    keeps = "above"
+
+    def scores(self, rows: pa.Table) -> Any:
+        return np.zeros(rows.num_rows)
+
+    def details(self, rows: pa.Table) -> list[str | None]:
+        return ["said by another rule"] * rows.num_rows
+
+
+def test_the_blamed_rule_alone_speaks_in_the_record(store: Store, fetch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = (MinimumSide(threshold=32), Talkative())
+    monkeypatch.setattr("pipeline.curation.chain.image_rules", lambda config: rules)
+    _, recorded = run_all(store, fetch([UNITS[0], [{"uid": 4, "body": "four", "width": 8}]]), samples_per_shard=2)
+    rows = [
+        row for marker in recorded.values() for row in read_table(store, marker.path_of("record.parquet")).to_pylist()
+    ]
+    told = {int(row["uid"], 16): (row["rule"], row["detail"]) for row in rows}
+    assert told == dict.fromkeys((1, 2, 3), ("curate.talkative", "said by another rule")) | {
+        4: ("curate.min_side_px", None)
+    }
 
 
 def test_shards_hold_the_survivors_in_order(store: Store, fetch: Any) -> None:
