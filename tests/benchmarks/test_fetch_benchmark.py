@@ -16,7 +16,7 @@ from meter import TreeMeter  # noqa: E402
 from static_web import serve_folder  # noqa: E402
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_run_prints_its_figures() -> None:
     command = [sys.executable, str(HERE / "fetch.py"), "--count=24", "--rounds=1", "--codec-photos=8"]
     command += ["--only=https.img2dataset", "--only=https.fast"]
