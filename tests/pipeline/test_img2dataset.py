@@ -167,7 +167,7 @@ def test_a_full_disk_ends_the_unit_with_its_engine_too(
     (row,) = [row for row in make_rows(port, 30) if kind_of(row.url) == "img"][:1]
     urls = tmp_path / "urls.parquet"
     pq.write_table(pa.table({"url": [row.url], "caption": ["a"]}), urls)
-    with pytest.raises(RunError, match="no space left on the disk of .*make room there"):
+    with pytest.raises(RunError, match=r"no space left on the disk of .*make room there"):
         fetch(tmp_path / "out", urls, *ENGINE)
 
 
