@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray import cloudpickle as pickle
 
+from cluster.executor import InlineExecutor
 from cluster.journal import Journal, Marker
 from cluster.store import Store
 from pipeline.__main__ import main
@@ -278,6 +280,18 @@ def dataset(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset") / "out"
     assert main(["build", *words(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def far_workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and `ray.address=inline` does units as Ray's workers may: the last first, with pickled copies of all."""
+
+    def as_ray_does(self: InlineExecutor, function: Any, items: Sequence[Any], **needs: Any) -> Iterator[Any]:
+        for item in reversed(items):
+            there, sent = pickle.loads(pickle.dumps((function, item)))
+            yield pickle.loads(pickle.dumps(there(sent)))
+
+    return lambda: monkeypatch.setattr(InlineExecutor, "map_unordered", as_ray_does)
 
 
 @pytest.fixture

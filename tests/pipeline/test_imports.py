@@ -132,7 +132,7 @@ def test_images_that_do_not_fit_the_settings_are_processed_like_downloads(output
 
 
 def test_merged_datasets_and_lists_keep_one_of_each_pair(
-    dataset: Path, outputs: Path, words: Any, site: Any, tmp_path: Path
+    dataset: Path, outputs: Path, words: Any, site: Any, tmp_path: Path, far_workers: Any
 ) -> None:
     """Two datasets and a URL list: what some dataset has is not downloaded, and duplicates are found across."""
     lists = tmp_path / "more.csv"
@@ -157,7 +157,8 @@ def test_merged_datasets_and_lists_keep_one_of_each_pair(
         "http_404": 2,  # g1 in the list stands for the row of the import too
     }
     assert verify(store, manifest) == []
-    assert build(tmp_path / "two", *more, "ray.address=", "ray.num_cpus=2") == 0
+    far_workers()
+    assert build(tmp_path / "two", *more) == 0
     assert published(tmp_path / "one") == published(tmp_path / "two")
 
 
