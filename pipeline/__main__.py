@@ -91,8 +91,8 @@ COMMANDS = {
         words=("base",),
         load=_curate,
         parse=_parse_over_base,
-        note=" (each is as OLD has it where it is not given; others than those above, `against`, `models` and a source's\n"
-        "weight and priority cannot be changed if they affect the result)",
+        note=" (each is as OLD has it where it is not given; beside those above only `against`, `models`, a source's\n"
+        "weight and priority, and what does not affect the result can be changed)",
     ),
     "repair": Command(
         usage="OUT [key=value ...]",

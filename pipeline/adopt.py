@@ -273,9 +273,9 @@ class RevisitStage:
 
 def overlaid(rows: pa.Table, planned: pa.Table) -> pa.Table:
     """FETCHED rows of the base with the verdicts of the new plan, whose rows are in the same order."""
-    left_out = pc.and_(
-        pc.equal(rows["status"], "dropped"), pc.and_(pc.equal(rows["attempts"], 0), pc.is_null(rows["received_bytes"]))
-    )
+    unasked = pc.and_(pc.equal(rows["attempts"], 0), pc.is_null(rows["received_bytes"]))
+    was_tried = pc.fill_null(pc.equal(rows["reason"], Reason.WORKER_KILLED.value), False)  # nobody knows how often
+    left_out = pc.and_(pc.equal(rows["status"], "dropped"), pc.and_not(unasked, was_tried))
     is_planned = pc.is_valid(planned["reason"])
     before = pc.binary_join_element_wise("left out before:", pc.fill_null(rows["reason"], ""), " ")
     instead = {"reason": pa.scalar(Reason.NOT_DOWNLOADED.value), "detail": before}

@@ -30,7 +30,17 @@ class Applied:
     @property
     def width(self) -> int:
         """How many numbers an image has: the dimension of an embedding, or one."""
-        return int(self._loaded.dimension) if self.ability == "embed" else 1
+        return self._dimension if self.ability == "embed" else 1
+
+    @property
+    def _dimension(self) -> int:
+        dimension = getattr(self._loaded, "dimension", None)
+        if not isinstance(dimension, int | np.integer) or dimension < 1:
+            raise RunError(
+                f"{self.model.key}={self.model.text}: its `dimension` is {dimension}; it has to say how many numbers "
+                "an embedding has"
+            )
+        return int(dimension)
 
     @property
     def _loaded(self) -> Any:
@@ -80,8 +90,8 @@ class Applied:
 
     def _checked(self, method: str, values: Any, count: int) -> Values:
         rows: Values = np.asarray(values, np.float32)
-        if rows.shape != (count, self._loaded.dimension):
-            wanted = f"a row of {self._loaded.dimension} (its `dimension`) for each"
+        if rows.shape != (count, self._dimension):
+            wanted = f"a row of {self._dimension} (its `dimension`) for each"
             raise self._misshapen(method, rows.shape, count, wanted)
         return rows
 

@@ -162,6 +162,8 @@ def _import(said: str, target: str) -> Any:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise RequestError(f"{said}: cannot be imported: {error}") from None
+    except Exception as error:  # whatever a module raises when it is imported
+        raise RequestError(f"{said}: cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(found):
         raise RequestError(f"{said}: {name} is no class")
     return found

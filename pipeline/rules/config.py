@@ -192,8 +192,8 @@ class CurateConfig(Config):
                 problems.append(f"curate.{limit}={getattr(self, limit)}: set curate.{model}, which gives the scores")
         if self.evaluation_similarity is not None and not self.evaluation_sets:
             problems.append(
-                f"curate.evaluation_similarity={self.evaluation_similarity}: set curate.evaluation_sets, of which images "
-                "are compared"
+                f"curate.evaluation_similarity={self.evaluation_similarity}: set curate.evaluation_sets, of which "
+                "images are compared"
             )
         if self.evaluation_sets and self.evaluation_distance is None and self.evaluation_similarity is None:
             problems.append(

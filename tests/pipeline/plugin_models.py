@@ -37,6 +37,12 @@ class WithTexts(MeanColour):
         return np.array([[float(name in caption) for name in ("red", "green", "blue")] for caption in captions]) + 1e-3
 
 
+class Vague(MeanColour):
+    """Does not say how long its embeddings are."""
+
+    dimension = None  # type: ignore[assignment]
+
+
 class Misshapen(MeanColour):
     """Gives one row too few."""
 

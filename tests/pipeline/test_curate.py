@@ -10,13 +10,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset
 import pytest
 
 from cluster.journal import Journal
 from cluster.store import Store
 from pipeline.__main__ import main
+from pipeline.adopt import overlaid
+from pipeline.fetch import with_outcomes
 from pipeline.manifest import read_manifest
+from pipeline.plan import PLANNED
 from pipeline.timings import read_timings
 from pipeline.verify import verify
 
@@ -116,6 +120,14 @@ def test_what_one_curation_drops_the_next_can_have_back(dataset: Path, tmp_path:
     assert [[row[name] for name in told] for row in record_of(second)] == [
         [row[name] for name in told] for row in record_of(dataset)
     ]
+
+
+def test_a_download_that_killed_its_worker_is_none_that_was_left_out() -> None:
+    outcomes = [{"status": "dropped", "reason": reason, "attempts": 0} for reason in ("worker_killed", None)]
+    old = pa.table([pa.nulls(2, field.type) for field in PLANNED], schema=PLANNED)
+    old = old.set_column(5, PLANNED.field("reason"), pa.array([None, "caption_too_short"]))
+    table = overlaid(with_outcomes(old, outcomes), pa.table([pa.nulls(2, each.type) for each in PLANNED], PLANNED))
+    assert table["reason"].to_pylist() == ["worker_killed", "not_downloaded"]
 
 
 def test_other_workers_and_a_kill_change_no_byte(dataset: Path, tmp_path: Path, far_workers: Any) -> None:

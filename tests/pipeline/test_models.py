@@ -143,6 +143,18 @@ def test_results_of_a_wrong_shape_end_the_run() -> None:
         apply("plugin_models:Misshapen", "embed", [picture(1), picture(2)])
 
 
+def test_an_embedding_of_unknown_length_ends_the_run() -> None:
+    with pytest.raises(RunError, match="its `dimension` is None; it has to say how many numbers an embedding has"):
+        apply("plugin_models:Vague", "embed", [picture(1)])
+
+
+def test_a_module_that_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_models.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RequestError, match="cannot be imported: ZeroDivisionError"):
+        Model.of("curate.nsfw_model", "broken_models:Mine", "score")
+
+
 def test_batches_are_bounded_by_images_and_by_pixels(tmp_path: Path) -> None:
     (tmp_path / "none.tar").write_bytes(b"")
     many = [Stored(offset=0, size_bytes=0, num_pixels=BATCH_PIXELS // 2, caption=str(n)) for n in range(5)]
