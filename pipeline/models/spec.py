@@ -104,27 +104,39 @@ class Model:
             identity = _identity(model_class, parameters)
         except RequestError as error:
             raise RequestError(f"{key}={text}: {error}") from None
-        digest = hashlib.sha256(json.dumps([target, identity]).encode()).hexdigest()
         return Model(
             key=key,
             text=text,
             target=target,
             parameters=json.dumps(parameters, sort_keys=True),
-            fingerprint=digest[:12],
+            fingerprint=_fingerprint(target, identity),
         )
 
     def load(self, threads: int) -> Any:
-        """The model itself, one of a process. RunError when this machine cannot load it."""
+        """The model itself, one of a process. RunError when this machine cannot load it, or has another one there."""
         try:
-            return _load(self.target, self.parameters, threads)
+            return _load(self.target, self.parameters, self.fingerprint, threads)
+        except RunError as error:
+            raise RunError(f"{self.key}={self.text}: {error}") from error
         except Exception as error:
             raise RunError(f"{self.key}={self.text}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 @lru_cache(maxsize=4)
-def _load(target: str, parameters: str, threads: int) -> Any:
+def _load(target: str, parameters: str, fingerprint: str, threads: int) -> Any:
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)(threads=threads, **json.loads(parameters))
+    model_class, given = getattr(importlib.import_module(module), name), json.loads(parameters)
+    if _fingerprint(target, _identity(model_class, given)) != fingerprint:
+        raise RunError(
+            "its file, checkpoint or code is not what this run began with, or not the same on all machines; put that "
+            "back, or build into a new output (of a run that is still trained, name one checkpoint: "
+            "RUN/checkpoints/step-...)"
+        )
+    return model_class(threads=threads, **given)
+
+
+def _fingerprint(target: str, identity: str) -> str:
+    return hashlib.sha256(json.dumps([target, identity]).encode()).hexdigest()[:12]
 
 
 def _parse(key: str, name: ModelName) -> tuple[str, dict[str, Any]]:

@@ -244,6 +244,17 @@ def test_a_run_goes_on_with_the_models_it_began_with(tmp_path: Path, monkeypatch
         Models.of(config).pin(store)
 
 
+def test_a_worker_that_finds_another_file_does_not_use_it(tmp_path: Path) -> None:
+    """As when the newest checkpoint of a run is named, and training goes on."""
+    from tiny_onnx import write_mean_model
+
+    file = write_mean_model(tmp_path / "mean.onnx")
+    model = Model.of("curate.nsfw_model", f"onnx:{file}", "embed")
+    write_mean_model(tmp_path / "mean.onnx", side=5)
+    with pytest.raises(RunError, match=r"curate.nsfw_model=onnx:.*is not what this run began with"):
+        model.load(threads=1)
+
+
 def test_rows_that_no_model_could_score_stay_or_go_as_asked(tmp_path: Path) -> None:
     scored = pa.table({NSFW: [0.9, 0.1, float("nan")], IMAGE_TEXT: [0.5, 0.1, 0.5], "uid": ["a", "b", "c"]})
     settings = {"min_image_text_score": 0.2, "image_text_model": "plugin_models:WithTexts"}
