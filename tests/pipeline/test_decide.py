@@ -13,7 +13,7 @@ from cluster.progress import Progress
 from cluster.store import Store
 from pipeline.buckets import Records
 from pipeline.decide import DecideStage
-from pipeline.duplicates.facts import FACTS, HAS_BYTES, HAS_LOOK
+from pipeline.duplicates.facts import FACTS, HAS_BYTES, HAS_LOOK, HAS_URL
 from pipeline.rules.chosen import image_rules
 from pipeline.rules.config import CurateConfig
 from pipeline.rules.images import AspectRatio, Blank, MinimumSide
@@ -110,7 +110,7 @@ def test_what_is_compared_is_there_for_every_kept_row(store: Store, fetch: Any) 
     assert set(found["bytes_high"].tolist()) == {int(hashlib.sha256(b"same").hexdigest()[:16], 16)}
     assert len(set(found["url_low"].tolist())) == len(set(found["caption_low"].tolist())) == 9
     assert found["num_chars"][3] == 5
-    assert found["flags"].tolist() == [HAS_BYTES | (HAS_LOOK if row == 3 else 0) for row in kept]
+    assert found["flags"].tolist() == [HAS_BYTES | HAS_URL | (HAS_LOOK if row == 3 else 0) for row in kept]
     assert (found["phash"][3], found["phash_mirror"][3]) == (5, 6)
 
 
