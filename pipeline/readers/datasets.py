@@ -24,10 +24,10 @@ def find_dataset(fs: Any, path: str, where: str) -> list[Source]:
     where: what asked for it, to begin messages with. Raises RequestError for a dataset that is not finished or whole.
     """
     if path.endswith(".tar"):
-        return _tars(fs, posixpath.dirname(path), posixpath.basename(path), where)
+        return _named_tars(fs, *posixpath.split(path), where)
     if not posixpath.splitext(path)[1] and fs.exists(f"{path.rstrip('/')}/{MANIFEST_FILE}"):
         return _pairmill(fs, path.rstrip("/"), where)
-    if any(mark in path for mark in "*?[") or "http" in fs.protocol or not fs.isdir(path):
+    if _is_pattern(path) or "http" in fs.protocol or not fs.isdir(path):
         return []
     if fs.exists(f"{path}/{MANIFEST_FILE}"):
         return _pairmill(fs, path.rstrip("/"), where)
@@ -36,7 +36,11 @@ def find_dataset(fs: Any, path: str, where: str) -> list[Source]:
             f"{where}: holds a run of pairmill without a finished dataset (no {MANIFEST_FILE}); run the command that "
             "made it again, which ends it"
         )
-    return [*_tars(fs, path, "*.tar", where), *_img2dataset(fs, path)]
+    return [*_tars(fs, path, "*.tar"), *_img2dataset(fs, path)]
+
+
+def _is_pattern(path: str) -> bool:
+    return any(mark in path for mark in "*?[")
 
 
 def _pairmill(fs: Any, folder: str, where: str) -> list[Source]:
@@ -63,12 +67,19 @@ def _pairmill(fs: Any, folder: str, where: str) -> list[Source]:
     return sources
 
 
-def _tars(fs: Any, folder: str, pattern: str, where: str) -> list[Source]:
+def _named_tars(fs: Any, folder: str, pattern: str, where: str) -> list[Source]:
+    """Those in a folder, or in all folders that match. RequestError when there is none."""
+    folders = [each for each in sorted(fs.glob(folder)) if fs.isdir(each)] if _is_pattern(folder) else [folder]
+    found = [source for each in folders for source in _tars(fs, each, pattern)]
+    if not found:
+        raise RequestError(f"{where}: no such tar")
+    return found
+
+
+def _tars(fs: Any, folder: str, pattern: str) -> list[Source]:
     """Tars whose names match, with the table of the same name where there is one."""
     names = _names(fs, folder)
     tars = sorted(name for name in names if name.endswith(".tar") and fnmatch.fnmatchcase(name, pattern))
-    if not tars and pattern != "*.tar":
-        raise RequestError(f"{where}: no such tar")
     return [_with_table(fs, folder, names, tar, tar.removesuffix(".tar")) for tar in tars]
 
 

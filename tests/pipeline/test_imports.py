@@ -234,6 +234,17 @@ def test_a_tar_without_a_table_gives_its_captions_and_addresses(
     assert read_manifest(str(tmp_path / "out"))[1].counts == {"import_missing": 1, "kept": 3}
 
 
+def test_tars_of_several_folders_are_named_by_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        write_tar(tmp_path / "in" / name / "0.tar", {f"{name}.jpg": jpeg(name)})
+    assert build(tmp_path / "out", f"input={tmp_path}/in/*/*.tar") == 0
+    assert read_manifest(str(tmp_path / "out"))[1].counts == {"kept": 2}
+    for pattern in ("in/*/1*.tar", "in/*.tar", "out/*.tar"):
+        assert build(tmp_path / "none", f"input={tmp_path}/{pattern}") == 2
+        assert f"input={tmp_path}/{pattern}: no such tar" in capsys.readouterr().err
+
+
 def test_text_that_is_none_spoils_no_other_sample(tmp_path: Path) -> None:
     members = {name: jpeg(ascii(name)) for name in ("a.jpg", "b.jpg", "c.jpg", "bad\udcff.jpg", "bad\udcfe.jpg")}
     members |= {"a.json": b'{"url": "http://x/\\ud800", "caption": "half a pair: \\udc00"}'}
