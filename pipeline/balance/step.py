@@ -29,8 +29,10 @@ from pipeline.balance.sample import MATCH, NO_CONCEPT, Matches, count_concepts, 
 from pipeline.buckets import Records
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.exchange import group_tasks, of_units, read_facts, write_unit_drops
+from pipeline.mixture import has_labels, without_caption
+from pipeline.readers.schema import LABEL
 from pipeline.reasons import Reason
-from pipeline.selection import DROP, NONE, Drops, Groups, read_checked
+from pipeline.selection import DROP, NONE, Drops, Groups, column_list, read_checked
 from pipeline.workfile import WorkFile
 
 
@@ -107,13 +109,17 @@ class ConceptsStage:
 
 @dataclass(frozen=True, kw_only=True)
 class CountStage:
-    """What concepts the rows of each group have that are left. `tasks`: of `group_tasks`, with their rows' files."""
+    """What concepts the rows of each group have that are left. `tasks`: of `group_tasks`, with their rows' files.
+
+    has_labels: some rows have a category in the place of a caption; they have no part in it, and stay.
+    """
 
     store: Store
     tasks: tuple[Unit, ...]
     drops: tuple[Drops, ...]
     concepts: WorkFile
     ignore_case: bool
+    has_labels: bool
     name: str
     num_cpus: float = 1.0
     memory_bytes: int = 1024 * 2**20
@@ -130,6 +136,7 @@ class CountStage:
             drops=curated.drops,
             concepts=concepts,
             ignore_case=context.config.balance.ignore_case,
+            has_labels=has_labels(context.config),
             name=context.name("balance-count"),
         )
 
@@ -157,8 +164,12 @@ class CountStage:
 
     def _matches(self, matcher: Matcher, rows: WorkFile, facts: Records) -> Matches:
         """Concepts of these rows of a fetch unit."""
-        captions = read_checked(self.store, rows, ["caption"])["caption"].take(pa.array(facts["row"], pa.int64()))
-        found = [matcher.find(caption) or [int(NO_CONCEPT)] for caption in captions.to_pylist()]
+        columns = ["caption", LABEL] if self.has_labels else ["caption"]
+        table = read_checked(self.store, rows, columns).take(pa.array(facts["row"], pa.int64()))
+        if self.has_labels:
+            has_part = ~without_caption(table)
+            table, facts = table.filter(pa.array(has_part)), facts[has_part]
+        found = [matcher.find(caption) or [int(NO_CONCEPT)] for caption in column_list(table, "caption")]
         matches = np.empty(sum(map(len, found)), MATCH)
         of_row = facts[np.repeat(np.arange(len(facts)), [len(each) for each in found])]
         for name in ("unit", "row", "uid_high", "uid_low"):

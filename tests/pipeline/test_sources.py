@@ -120,6 +120,20 @@ def test_no_model_drops_categories_for_captions_that_they_have_not_got(
     assert counts_of(tmp_path / "out") == {"caption_mismatch": 30, "kept": 9}
 
 
+def test_balance_leaves_categories_without_a_caption_alone(lists: Path, tmp_path: Path) -> None:
+    sources = [
+        f"input={lists / 'pairs.csv'}",
+        f"sources.classes.input={lists / 'classes.parquet'}",
+        "sources.classes.label=category",
+        "balance.concepts=[number 1, unicorn]",
+        "balance.per_concept=1",
+    ]
+    assert main(["build", *words(tmp_path / "out", *sources)]) == 0
+    kept = [(row["caption"], row["label"]) for row in samples_of(tmp_path / "out")]
+    assert sum(caption == "" for caption, _ in kept) == 9
+    assert all("number 1" in caption for caption, _ in kept if caption)
+
+
 def test_a_share_of_a_source_is_chosen_by_uid_and_a_smaller_one_is_part_of_it(
     lists: Path, site: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
