@@ -226,8 +226,8 @@ def report(rounds: Sequence[dict[str, Turn]]) -> None:
 def report_codec(rounds: Sequence[dict[str, Turn]], codecs: Sequence[dict[str, float]]) -> None:
     """A client's images per second of its processors, over those of decoding, resizing and encoding alone.
 
-    `fetch.codec_efficiency` is of the usual one, decode, INTER_AREA and encode with OpenCV, which does not change when our
-    own codec becomes faster; `own_codec_efficiency` is of that one, in the client's mode: what everything else costs.
+    `codec_efficiency` is of the usual one, decode, INTER_AREA and encode with OpenCV: no change when our own
+    codec becomes faster; `own_codec_efficiency` is of that one, in the client's mode: what everything else costs.
     """
     for name in codecs[0]:
         show(f"codec.{name}.images_per_cpu_s", [codec[name] for codec in codecs], "decode-resize-encode alone")
