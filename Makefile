@@ -25,7 +25,7 @@ check: .venv/.installed  ## lint, formatting, types, import directions, spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell cluster pipeline training tests docs README.md CHANGELOG.md Makefile pyproject.toml
 
-faults: .venv/.installed  ## kill, cut off and fill up everything while it works: nothing lost, doubled or different; 15 minutes
+faults: .venv/.installed  ## kill, cut off and fill up everything while it works: nothing lost, doubled or different; 20 minutes
 	$(BIN)/python tests/faults/run.py --output $(FAULTS_OUT)
 
 bench-fetch: .venv/.installed  ## the fetch stage against img2dataset 1.47.0, in turns; needs ten minutes on two cores
