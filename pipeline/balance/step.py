@@ -28,7 +28,7 @@ from pipeline.balance.config import BalanceConfig
 from pipeline.balance.sample import MATCH, NO_CONCEPT, Matches, count_concepts, draw, probabilities
 from pipeline.buckets import Records
 from pipeline.curation.context import Context, Curated
-from pipeline.duplicates.exchange import group_tasks, of_units, read_facts, write_unit_drops
+from pipeline.duplicates.exchange import GroupStage, group_tasks, of_units, read_facts, write_unit_drops
 from pipeline.mixture import has_labels, without_caption
 from pipeline.readers.schema import LABEL
 from pipeline.reasons import Reason
@@ -108,20 +108,15 @@ class ConceptsStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CountStage:
+class CountStage(GroupStage):
     """What concepts the rows of each group have that are left. `tasks`: of `group_tasks`, with their rows' files.
 
     has_labels: some rows have a category in the place of a caption; they have no part in it, and stay.
     """
 
-    store: Store
-    tasks: tuple[Unit, ...]
-    drops: tuple[Drops, ...]
     concepts: WorkFile
     ignore_case: bool
     has_labels: bool
-    name: str
-    num_cpus: float = 1.0
     memory_bytes: int = 1024 * 2**20
 
     @staticmethod
@@ -139,12 +134,6 @@ class CountStage:
             has_labels=has_labels(context.config),
             name=context.name("balance-count"),
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tasks": ()}
-
-    def units(self) -> Sequence[Unit]:
-        return self.tasks
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         data = self.concepts.read(self.store)

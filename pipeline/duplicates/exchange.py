@@ -48,6 +48,25 @@ def group_tasks(curated: Curated, pick: Callable[[DecidedUnit], WorkFile]) -> tu
     return tuple(tasks)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupStage:
+    """Base of the stages whose units are groups of fetch units or parts of them, made beforehand as `tasks`."""
+
+    store: Store
+    tasks: tuple[Unit, ...]
+    drops: tuple[Drops, ...]
+    name: str
+    memory_bytes: int
+    num_cpus: float = 1.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers get a group's files with its unit; the list of all of them stays with the driver."""
+        return {**self.__dict__, "tasks": ()}
+
+    def units(self) -> Sequence[Unit]:
+        return self.tasks
+
+
 def overlapped(store: Store, read: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """`read` of every item. An object store answers each in tens of milliseconds: there the reads overlap."""
     if store.is_local or len(items) < 8:

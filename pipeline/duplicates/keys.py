@@ -12,10 +12,10 @@ from cluster.journal import UnitOutput
 from cluster.store import Store
 from pipeline.buckets import Records, write_buckets, write_in_buckets
 from pipeline.duplicates.config import Preference
-from pipeline.duplicates.exchange import make_drops, read_facts
+from pipeline.duplicates.exchange import GroupStage, make_drops, read_facts
 from pipeline.duplicates.facts import COLUMNS, HAS_BYTES, HAS_URL, OPTIONAL_COLUMNS, facts_of
 from pipeline.manifest import Shard
-from pipeline.selection import KNOWN, ROWS_PER_GROUP, Drops, read_table
+from pipeline.selection import KNOWN, ROWS_PER_GROUP, read_table
 
 KEY = np.dtype(
     [
@@ -154,29 +154,16 @@ def write_keys(output: UnitOutput, keys: Records, partitions: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeysStage:
+class KeysStage(GroupStage):
     """A unit is a group of fetch units: keys of the samples that the steps before have left.
 
     counts: rows, without_key
     """
 
-    store: Store
-    tasks: tuple[Unit, ...]
-    """`group_tasks` with the facts."""
-    drops: tuple[Drops, ...]
     criterion: Criterion
     prefer: tuple[Preference, ...]
     partitions: int
-    name: str
-    num_cpus: float = 1.0
     memory_bytes: int = 512 * 2**20
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers get a group's files with its unit; the list of all of them stays with the driver."""
-        return {**self.__dict__, "tasks": ()}
-
-    def units(self) -> Sequence[Unit]:
-        return self.tasks
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         facts = read_facts(self.store, unit.params, self.drops)

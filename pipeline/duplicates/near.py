@@ -31,6 +31,7 @@ from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.components import EDGE, components, labels, lookup, mixed, part_of, write_edges
 from pipeline.duplicates.config import Preference
 from pipeline.duplicates.exchange import (
+    GroupStage,
     finish,
     group_tasks,
     make_drops,
@@ -199,22 +200,11 @@ def _write_points(output: UnitOutput, best: Records, others: Records, look: Look
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeysStage:
+class KeysStage(GroupStage):
     """A unit is a group of fetch units: images that the steps before have left."""
 
-    store: Store
-    tasks: tuple[Unit, ...]
-    drops: tuple[Drops, ...]
     look: Look
-    name: str
-    num_cpus: float = 1.0
     memory_bytes: int = 1024 * 2**20
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tasks": ()}
-
-    def units(self) -> Sequence[Unit]:
-        return self.tasks
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         facts = read_facts(self.store, unit.params, self.drops)

@@ -32,6 +32,7 @@ from pipeline.duplicates.clusters import assign, make_clusters, num_clusters
 from pipeline.duplicates.config import Preference
 from pipeline.duplicates.cosines import exact_cosines, nearest_preferred
 from pipeline.duplicates.exchange import (
+    GroupStage,
     make_drops,
     overlapped,
     paths_of,
@@ -42,7 +43,6 @@ from pipeline.duplicates.exchange import (
 from pipeline.duplicates.keys import ranks
 from pipeline.duplicates.vectors import (
     TASK_BYTES,
-    GroupStage,
     known_tasks_of,
     make_vectors,
     num_tasks,

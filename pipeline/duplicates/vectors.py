@@ -1,7 +1,7 @@
 """Samples with their embeddings, as the stages of step semantic read them and hand them on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,25 +33,6 @@ def vector_dtype(dimension: int) -> np.dtype[Any]:
             ("vector", "<f2", (dimension,)),
         ]
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupStage:
-    """Base of the stages whose units are parts of groups of fetch units, and known shards."""
-
-    store: Store
-    tasks: tuple[Unit, ...]
-    drops: tuple[Drops, ...]
-    name: str
-    memory_bytes: int
-    num_cpus: float = 1.0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers get a group's files with its unit; the list of all of them stays with the driver."""
-        return {**self.__dict__, "tasks": ()}
-
-    def units(self) -> Sequence[Unit]:
-        return self.tasks
 
 
 def tasks_of(curated: Curated, embedded: Sequence[Embedded]) -> tuple[Unit, ...]:
