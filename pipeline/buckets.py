@@ -7,8 +7,9 @@ A stage that hands keys to another writes one such file per unit; the other read
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,11 +52,34 @@ def write_in_buckets(path: Path, records: Records, buckets: NDArray[np.integer[A
 
 def read_bucket(store: Store, path: str, bucket: int, num_buckets: int, dtype: np.dtype[Any]) -> Records:
     """The records of one bucket, with two small range reads."""
-    start, end = np.frombuffer(store.read_range(path, bucket * _OFFSET.itemsize, 2 * _OFFSET.itemsize), _OFFSET)
-    if start == end:
-        return np.empty(0, dtype)
-    first_byte = (num_buckets + 1) * _OFFSET.itemsize + int(start) * dtype.itemsize
-    return np.frombuffer(store.read_range(path, first_byte, int(end - start) * dtype.itemsize), dtype)
+    return read_buckets(store, [path], bucket, num_buckets, dtype)
+
+
+def read_buckets(store: Store, paths: Sequence[str], bucket: int, num_buckets: int, dtype: np.dtype[Any]) -> Records:
+    """The records that several files have in one bucket, in the order of the files."""
+    at = bucket * _OFFSET.itemsize
+    ends = store.overlapped(lambda path: store.read_range(path, at, 2 * _OFFSET.itemsize), paths)
+    ranges = np.frombuffer(b"".join(ends), _OFFSET).reshape(-1, 2)
+    records, pieces = pieces_of(np.diff(ranges)[:, 0].tolist(), dtype)
+    first_byte = (num_buckets + 1) * _OFFSET.itemsize
+    reads = [
+        (path, piece, first_byte + start * dtype.itemsize)
+        for path, piece, start in zip(paths, pieces, ranges[:, 0].tolist(), strict=True)
+        if len(piece)
+    ]
+    store.overlapped(lambda read: store.read_into(*read), reads)
+    return records
+
+
+def pieces_of(counts: Sequence[int], dtype: np.dtype[Any]) -> tuple[Records, list[memoryview]]:
+    """(records that are not set yet, the bytes of each run of so many): what is read in pieces is never copied.
+
+    Memory that is new to a process costs several times as much as the bytes that are read into it.
+    """
+    edges = np.cumsum([0, *counts]) * dtype.itemsize
+    records = np.empty(sum(counts), dtype)
+    view = memoryview(cast(Any, records.view(np.uint8)))
+    return records, [view[start:end] for start, end in pairwise(edges.tolist())]
 
 
 def read_all_buckets(store: Store, path: str, num_buckets: int, dtype: np.dtype[Any]) -> list[Records]:

@@ -2,7 +2,7 @@
 
 decisions.parquet   one row per (rule, downloaded row), see `rules.decisions.DECISIONS`
 kept.npy            int32 row numbers that every rule keeps, ascending
-facts.bin           `FACTS` of these rows, in their order: what steps of curation compare
+facts.bin           `FACTS` of these rows, in their order: as many fields as the steps of curation need
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.duplicates.facts import COLUMNS, OPTIONAL_COLUMNS, facts_of
+from pipeline.duplicates.facts import COLUMNS, FACTS, OPTIONAL_COLUMNS, facts_of
 from pipeline.mixture import without_caption
 from pipeline.readers.schema import LABEL
 from pipeline.rules.base import Rule
@@ -40,6 +40,8 @@ class DecideStage:
     """of sources, see `facts_of`"""
     has_labels: bool = False
     """whether there are pairs with a category and no caption, see `pipeline.mixture`"""
+    facts: np.dtype[Any] = FACTS
+    """the fields that the steps of curation need, see `needed_facts`"""
     name: str = "decide"
     num_cpus: float = 1.0
     memory_bytes: int = 256 * 2**20
@@ -52,6 +54,7 @@ class DecideStage:
         measured: tuple[Measured, ...] = (),
         priorities: Mapping[str, int] | None = None,
         has_labels: bool = False,
+        facts: np.dtype[Any] = FACTS,
     ) -> "DecideStage":
         rows = tuple(WorkFile.of(marker, "rows.parquet") for marker in fetched)
         return DecideStage(
@@ -61,6 +64,7 @@ class DecideStage:
             measured=measured,
             priorities=priorities or {},
             has_labels=has_labels,
+            facts=facts,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +99,7 @@ class DecideStage:
         is_kept = judged.blamed < 0
         kept = downloaded[is_kept]
         np.save(output.path("kept.npy"), kept.astype(np.int32))
-        facts = facts_of(rows.filter(pa.array(is_kept)), unit.params["index"], kept, self.priorities)
+        facts = facts_of(rows.filter(pa.array(is_kept)), unit.params["index"], kept, self.priorities, self.facts)
         facts.tofile(output.path("facts.bin"))
         self._count(np.asarray(column_list(rows, "num_rows"), np.int64), judged, output)
         output.count("kept", len(kept))

@@ -36,6 +36,16 @@ class WorkFile:
         self._compare(store, hashlib.sha256(data).hexdigest())
         return data
 
+    def read_into(self, store: Store, buffer: memoryview) -> None:
+        """`read` into a buffer of bytes that is as large as the file."""
+        try:
+            store.read_into(self.path, buffer)
+        except FileNotFoundError:
+            raise self._unusable(store, "is missing") from None
+        except EOFError:
+            raise self._unusable(store, "is damaged: it is shorter than it was") from None
+        self._compare(store, hashlib.sha256(buffer).hexdigest())
+
     def local(self, store: Store, folder: Path) -> Path:
         """A local file with these bytes, for those that may be large: on a local disk the file itself, else a copy.
 

@@ -28,7 +28,7 @@ from pipeline.balance.config import BalanceConfig
 from pipeline.balance.sample import MATCH, NO_CONCEPT, Matches, count_concepts, draw, probabilities
 from pipeline.buckets import Records
 from pipeline.curation.context import Context, Curated
-from pipeline.duplicates.exchange import GroupStage, group_tasks, of_units, read_facts, write_unit_drops
+from pipeline.duplicates.exchange import GroupStage, facts_tasks, of_units, read_facts, write_unit_drops
 from pipeline.mixture import has_labels, without_caption
 from pipeline.readers.schema import LABEL
 from pipeline.reasons import Reason
@@ -109,7 +109,7 @@ class ConceptsStage:
 
 @dataclass(frozen=True, kw_only=True)
 class CountStage(GroupStage):
-    """What concepts the rows of each group have that are left. `tasks`: of `group_tasks`, with their rows' files.
+    """What concepts the rows of each group have that are left. `tasks`: of `facts_tasks`, with their rows' files.
 
     has_labels: some rows have a category in the place of a caption; they have no part in it, and stay.
     """
@@ -122,7 +122,7 @@ class CountStage(GroupStage):
     @staticmethod
     def of(context: Context, curated: Curated, concepts: WorkFile) -> "CountStage":
         tasks = []
-        for task in group_tasks(curated, lambda unit: unit.facts):
+        for task in facts_tasks(curated):
             units = curated.units[task.params["first_unit"] : task.params["end_unit"]]
             tasks.append(Unit(id=task.id, params={**task.params, "rows": tuple(unit.rows for unit in units)}))
         return CountStage(

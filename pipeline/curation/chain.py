@@ -10,6 +10,7 @@ from pipeline.config import source_priorities
 from pipeline.curation.context import Context, Curated, Step
 from pipeline.decide import DecideStage
 from pipeline.duplicates.exact import drop_exact, drop_same_bytes_and_caption, drop_same_url
+from pipeline.duplicates.facts import needed_facts
 from pipeline.duplicates.near import drop_near
 from pipeline.duplicates.semantic import drop_semantic
 from pipeline.mixture import has_labels
@@ -31,6 +32,7 @@ def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
         image_rules(context.config.curate),
         measure(context, fetched),
         priorities=source_priorities(context.config),
+        facts=needed_facts(context.config.dedup),
         has_labels=has_labels(context.config),
     )
     decided = context.run_stage(replace(decide, name=context.name("decide")))
@@ -39,6 +41,7 @@ def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
         units=tuple(DecidedUnit.of(index, fetched[name], decided[name]) for index, name in enumerate(fetched)),
         num_kept=num_kept,
         groups=Groups.of(num_kept),
+        facts=decide.facts,
     )
     for step in STEPS:
         if drops := step(context, curated):

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from cluster.journal import Marker
 from cluster.store import Store
 from pipeline.config import BuildConfig
@@ -44,12 +46,13 @@ class Curated:
     """The fetch units in dataset order, and what was dropped of them so far.
 
     num_kept: rows of each unit that the rules kept, in unit order; the drops are not yet taken from it. groups: of
-    units, a function of `num_kept`, for stages whose units of work are larger.
+    units, a function of `num_kept`, for stages whose units of work are larger. facts: the records in the units' facts.
     """
 
     units: tuple[DecidedUnit, ...]
     num_kept: tuple[int, ...]
     groups: Groups
+    facts: np.dtype[Any]
     drops: tuple[Drops, ...] = ()
     alternatives: "Alternatives | None" = None
 

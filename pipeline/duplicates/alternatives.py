@@ -25,7 +25,7 @@ from cluster.store import Store
 from pipeline.buckets import Records, read_bucket
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.captions import NO_CAPTIONS, Alternatives, best_captions, read_captions, write_captions
-from pipeline.duplicates.exchange import group_tasks, overlapped, paths_of
+from pipeline.duplicates.exchange import group_tasks, paths_of
 from pipeline.reasons import Reason
 from pipeline.selection import KNOWN, Drops, Groups, read_checked
 
@@ -94,7 +94,7 @@ class OutStage:
             place = {"unit": pa.array(np.full(len(rows), unit), pa.int64()), "row": pa.array(rows)}
             return pa.table(place | {name: table[name] for name in ("uid", "caption")})
 
-        tables = overlapped(self.store, read, np.unique(drops["unit"]).tolist())
+        tables = self.store.overlapped(read, np.unique(drops["unit"]).tolist())
         found: pd.DataFrame = pa.concat_tables([NO_CAPTIONS, *tables]).to_pandas()
         return found
 
@@ -124,8 +124,7 @@ class InStage:
     def run(self, unit: Unit, output: UnitOutput) -> None:
         group = unit.params["group"]
         first, end = self.groups.range(group)
-        streams = overlapped(
-            self.store,
+        streams = self.store.overlapped(
             lambda path: read_bucket(self.store, path, group, len(self.groups), np.dtype(np.uint8)),
             self.sent,
         )

@@ -20,9 +20,9 @@ from cluster.errors import RunError
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, read_records, write_in_buckets
+from pipeline.buckets import Records, read_buckets, read_records, write_in_buckets
 from pipeline.curation.context import Context
-from pipeline.duplicates.exchange import overlapped, paths_of, read_partition
+from pipeline.duplicates.exchange import paths_of
 from pipeline.duplicates.hamming import merge
 from pipeline.duplicates.keys import partition_of
 
@@ -137,7 +137,7 @@ class WholeStage:
         return [Unit(id="00000")]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        files = overlapped(self.store, lambda path: read_records(self.store, path, self.parts, EDGE), self.edges)
+        files = self.store.overlapped(lambda path: read_records(self.store, path, self.parts, EDGE), self.edges)
         edges = np.concatenate(files)
         node, smallest = smallest_of_component(edges[edges["neighbour"] < edges["node"]])
         is_leaf = node != smallest
@@ -160,7 +160,7 @@ class StarStage:
         return [Unit(id=f"{part:05}", params={"part": part}) for part in range(self.parts)]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        edges = read_partition(self.store, self.edges, unit.params["part"], self.parts, EDGE)
+        edges = read_buckets(self.store, self.edges, unit.params["part"], self.parts, EDGE)
         left, right, num_new = (large_star if self.star == "large" else small_star)(edges)
         write_edges(output, left, right, self.parts)
         output.count("new", num_new)

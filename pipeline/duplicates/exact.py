@@ -13,15 +13,15 @@ import numpy as np
 from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
+from pipeline.buckets import read_buckets
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.exchange import (
     ROWS_PER_PARTITION,
+    facts_tasks,
     finish,
-    group_tasks,
     make_drops,
     num_partitions,
     paths_of,
-    read_partition,
     write_drops,
 )
 from pipeline.duplicates.keys import (
@@ -64,7 +64,7 @@ def drop_same(context: Context, curated: Curated, criterion: Criterion, name: st
     partitions = num_partitions(context.num_known + sum(curated.num_kept))
     stage = KeysStage(
         store=context.store,
-        tasks=group_tasks(curated, lambda unit: unit.facts),
+        tasks=facts_tasks(curated),
         drops=curated.drops,
         criterion=criterion,
         prefer=tuple(context.config.dedup.prefer),
@@ -114,7 +114,7 @@ class DropsStage:
         return [Unit(id=f"{index:05}", params={"partition": index}) for index in range(self.partitions)]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        keys = read_partition(self.store, self.keys, unit.params["partition"], self.partitions, KEY)
+        keys = read_buckets(self.store, self.keys, unit.params["partition"], self.partitions, KEY)
         dropped, representatives = find_duplicates(keys)
         is_new = np.flatnonzero(dropped["unit"] != KNOWN)
         drops = make_drops(dropped.take(is_new), representatives.take(is_new))

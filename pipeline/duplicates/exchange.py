@@ -10,7 +10,6 @@ one record of each group.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,9 +21,8 @@ from numpy.typing import NDArray
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, read_bucket, write_buckets, write_in_buckets
+from pipeline.buckets import Records, pieces_of, read_buckets, write_buckets, write_in_buckets
 from pipeline.curation.context import Context, Curated
-from pipeline.duplicates.facts import FACTS
 from pipeline.selection import DROP, DecidedUnit, Drops, Groups
 from pipeline.workfile import WorkFile
 
@@ -48,6 +46,15 @@ def group_tasks(curated: Curated, pick: Callable[[DecidedUnit], WorkFile]) -> tu
     return tuple(tasks)
 
 
+def facts_tasks(curated: Curated) -> tuple[Unit, ...]:
+    """`group_tasks` whose params `read_facts` reads."""
+    tasks = group_tasks(curated, lambda unit: unit.facts)
+    for task in tasks:
+        num_rows = curated.num_kept[task.params["first_unit"] : task.params["end_unit"]]
+        task.params.update(facts=curated.facts, num_rows=num_rows)
+    return tasks
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupStage:
     """Base of the stages whose units are groups of fetch units or parts of them, made beforehand as `tasks`."""
@@ -67,18 +74,10 @@ class GroupStage:
         return self.tasks
 
 
-def overlapped(store: Store, read: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """`read` of every item. An object store answers each in tens of milliseconds: there the reads overlap."""
-    if store.is_local or len(items) < 8:
-        return [read(item) for item in items]
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(read, items))
-
-
 def read_facts(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) -> Records:
-    """[N] FACTS of a group's samples that the steps before have left. `task`: of `group_tasks` with `facts`."""
-    parts = overlapped(store, lambda file: file.read(store), task["files"])
-    facts = np.frombuffer(b"".join(parts), FACTS)
+    """[N] FACTS of a group's samples that the steps before have left. `task`: of `facts_tasks`."""
+    facts, pieces = pieces_of(task["num_rows"], task["facts"])
+    store.overlapped(lambda read: read[0].read_into(store, read[1]), list(zip(task["files"], pieces, strict=True)))
     is_living = living(store, facts["unit"], facts["row"], drops, task["group"])
     return facts if is_living.all() else facts.take(np.flatnonzero(is_living))
 
@@ -98,12 +97,6 @@ def living(
         return np.ones(len(rows), bool)
     places = units.astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64)
     return ~np.isin(places, np.concatenate(dropped))
-
-
-def read_partition(store: Store, paths: Sequence[str], bucket: int, num_buckets: int, dtype: np.dtype[Any]) -> Records:
-    """One bucket of every file, in the order of the files."""
-    parts = overlapped(store, lambda path: read_bucket(store, path, bucket, num_buckets, dtype), paths)
-    return np.concatenate([np.empty(0, dtype), *parts])
 
 
 def make_drops(dropped: Records, representatives: Records, scores: NDArray[Any] | float = np.nan) -> Records:
@@ -190,8 +183,8 @@ class UnitsStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         group: int = unit.params["group"]
-        drops = read_partition(self.store, self.found, group, len(self.groups), DROP)
-        repeats = read_partition(self.store, unit.params["repeats"], 0, 1, DROP)
+        drops = read_buckets(self.store, self.found, group, len(self.groups), DROP)
+        repeats = read_buckets(self.store, unit.params["repeats"], 0, 1, DROP)
         drops = np.concatenate([drops, redirect(repeats, drops)])
         write_unit_drops(output.path("drops.bin"), drops, *self.groups.range(group))
         output.count("dropped", len(drops))

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.buckets import Records
+from pipeline.duplicates.config import DedupConfig
 
 HAS_BYTES, HAS_LOOK, HAS_URL = 1, 2, 4
 """Bits of `flags`: whether the hash of the bytes, the perceptual hashes, and a URL, are known."""
@@ -28,6 +29,23 @@ FACTS = np.dtype(
         ("flags", "<u4"),
     ]
 )
+_ALWAYS = ("unit", "row", "uid", "flags")
+
+
+def needed_facts(dedup: DedupConfig) -> np.dtype[Any]:
+    """The fields of FACTS that these settings' steps read: with one step, half of the bytes of all of them."""
+    wanted = {
+        "bytes": dedup.exact or dedup.by_bytes_and_caption,
+        "url": dedup.by_url,
+        "caption": dedup.by_bytes_and_caption,
+        "phash": dedup.near_distance is not None,
+        "num_chars": "caption" in dedup.prefer,
+        "priority": "source" in dedup.prefer,
+    }
+    names = (*_ALWAYS, *(name for name, is_wanted in wanted.items() if is_wanted))
+    return np.dtype([field for field in FACTS.descr if field[0].split("_")[0] in names or field[0] in names])
+
+
 COLUMNS = ("uid", "url", "caption")
 OPTIONAL_COLUMNS = ("sha256", "phash", "phash_mirror", "source")
 """What `facts_of` reads. The optional ones need not be there, nor have a value in every row."""
@@ -36,29 +54,37 @@ _NO_HASH = "0" * 32
 
 
 def facts_of(
-    table: pa.Table, unit: int, rows: Sequence[int] | NDArray[np.integer[Any]], priorities: Mapping[str, int]
+    table: pa.Table,
+    unit: int,
+    rows: Sequence[int] | NDArray[np.integer[Any]],
+    priorities: Mapping[str, int],
+    dtype: np.dtype[Any] = FACTS,
 ) -> Records:
-    """[N] FACTS of a table's rows, which are numbers `rows` of fetch unit number `unit`.
+    """[N] FACTS, or some fields of them, of a table's rows, which are numbers `rows` of fetch unit number `unit`.
 
     priorities: of sources by their name in the column `source`; others have 0.
     """
-    facts = np.zeros(table.num_rows, FACTS)
+    facts = np.zeros(table.num_rows, dtype)
     facts["unit"], facts["row"] = unit, rows
     facts["uid_high"], facts["uid_low"] = _words(table["uid"])
-    urls = table["url"].to_pylist()
-    for name, texts in (("url", urls), ("caption", table["caption"].to_pylist())):
-        facts[f"{name}_high"], facts[f"{name}_low"] = _text_hashes(texts)
-    facts["flags"] |= np.where([bool(url) for url in urls], HAS_URL, 0).astype(np.uint32)
-    facts["num_chars"] = pc.fill_null(pc.utf8_length(table["caption"]), 0).to_numpy()
-    if "sha256" in table.schema.names:
+    names, present = dtype.names or (), table.schema.names
+    if "url_high" in names:
+        urls = table["url"].to_pylist()
+        facts["url_high"], facts["url_low"] = _text_hashes(urls)
+        facts["flags"] |= np.where([bool(url) for url in urls], HAS_URL, 0).astype(np.uint32)
+    if "caption_high" in names:
+        facts["caption_high"], facts["caption_low"] = _text_hashes(table["caption"].to_pylist())
+    if "num_chars" in names:
+        facts["num_chars"] = pc.fill_null(pc.utf8_length(table["caption"]), 0).to_numpy()
+    if "bytes_high" in names and "sha256" in present:
         facts["bytes_high"], facts["bytes_low"] = _words(table["sha256"])
         facts["flags"] |= np.where(table["sha256"].is_valid().to_numpy(), HAS_BYTES, 0).astype(np.uint32)
-    if {"phash", "phash_mirror"} <= {*table.schema.names}:
+    if "phash" in names and {"phash", "phash_mirror"} <= {*present}:
         for name in ("phash", "phash_mirror"):
             facts[name] = pc.fill_null(pc.cast(table[name], pa.uint64()), 0).to_numpy()
         is_known = pc.and_(table["phash"].is_valid(), table["phash_mirror"].is_valid())
         facts["flags"] |= np.where(is_known.to_numpy(), HAS_LOOK, 0).astype(np.uint32)
-    if priorities and "source" in table.schema.names:
+    if "priority" in names and "source" in present:
         facts["priority"] = [priorities.get(name, 0) for name in table["source"].to_pylist()]
     return facts
 

@@ -26,19 +26,18 @@ from numpy.typing import NDArray
 from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, write_buckets, write_in_buckets
+from pipeline.buckets import Records, read_buckets, write_buckets, write_in_buckets
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.components import EDGE, components, labels, lookup, mixed, part_of, write_edges
 from pipeline.duplicates.config import Preference
 from pipeline.duplicates.exchange import (
     GroupStage,
+    facts_tasks,
     finish,
-    group_tasks,
     make_drops,
     num_partitions,
     paths_of,
     read_facts,
-    read_partition,
     write_drops,
 )
 from pipeline.duplicates.facts import HAS_LOOK
@@ -68,7 +67,7 @@ def drop_near(context: Context, curated: Curated) -> Drops | None:
     keys = context.run_stage(
         KeysStage(
             store=context.store,
-            tasks=group_tasks(curated, lambda unit: unit.facts),
+            tasks=facts_tasks(curated),
             drops=curated.drops,
             look=look,
             name=context.name("near-keys"),
@@ -259,7 +258,7 @@ class LinksStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         look, block = self.look, unit.params["block"]
-        points = read_partition(self.store, self.points, unit.params["place"], look.num_places, POINT)
+        points = read_buckets(self.store, self.points, unit.params["place"], look.num_places, POINT)
         edges = find_links(points, look.distance, block)
         write_edges(output, edges["node"], edges["neighbour"], look.parts)
         output.count("points", len(points))
@@ -305,8 +304,8 @@ class MembersStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         part, parts = unit.params["part"], self.look.parts
-        images = read_partition(self.store, self.images, part, parts, KEY)
-        known = labels(read_partition(self.store, self.labels, part, parts, EDGE))
+        images = read_buckets(self.store, self.images, part, parts, KEY)
+        known = labels(read_buckets(self.store, self.labels, part, parts, EDGE))
         is_linked, component = lookup(images["key_high"], known)
         wanted = is_linked | _is_repeated(images["key_high"])
         images, component = images.take(np.flatnonzero(wanted)), component[wanted]
@@ -342,7 +341,7 @@ class DropsStage:
         return [Unit(id=f"{part:05}", params={"part": part}) for part in range(self.look.parts)]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        members = read_partition(self.store, self.members, unit.params["part"], self.look.parts, MEMBER)
+        members = read_buckets(self.store, self.members, unit.params["part"], self.look.parts, MEMBER)
         dropped, representatives = find_places(members)
         is_new = members["unit"][dropped] != KNOWN
         left, right = members.take(dropped[is_new]), members.take(representatives[is_new])

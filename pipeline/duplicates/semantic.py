@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from cluster.executor import Unit
 from cluster.journal import Journal, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, read_bucket, write_buckets, write_in_buckets
+from pipeline.buckets import Records, read_bucket, read_buckets, write_buckets, write_in_buckets
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.clusters import assign, make_clusters, num_clusters
 from pipeline.duplicates.config import Preference
@@ -34,9 +34,7 @@ from pipeline.duplicates.cosines import exact_cosines, nearest_preferred
 from pipeline.duplicates.exchange import (
     GroupStage,
     make_drops,
-    overlapped,
     paths_of,
-    read_partition,
     write_drops,
     write_unit_drops,
 )
@@ -218,7 +216,7 @@ class ClustersStage:
     def points(self) -> NDArray[np.float32]:
         """[S, D] the sample in the order of uids, of length 1; nothing of that size is held besides the files."""
         dtype = vector_dtype(self.dimension)
-        files = overlapped(self.store, lambda path: read_bucket(self.store, path, 0, 1, dtype), self.samples)
+        files = self.store.overlapped(lambda path: read_bucket(self.store, path, 0, 1, dtype), self.samples)
         order = np.lexsort(
             tuple(np.concatenate([file[name] for file in files]) for name in ("row", "unit", "uid_low", "uid_high"))
         )
@@ -279,7 +277,7 @@ class PairsStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         dtype = vector_dtype(self.dimension)
-        records = read_partition(self.store, self.keys, unit.params["part"], self.parts, dtype)
+        records = read_buckets(self.store, self.keys, unit.params["part"], self.parts, dtype)
         order = np.lexsort(tuple(records[name] for name in ("row", "unit", "uid_low", "uid_high", "rank", "cluster")))
         records = records[order]
         edges = np.flatnonzero(np.diff(records["cluster"], prepend=-1, append=-1))
@@ -321,7 +319,7 @@ class AboveStage:
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
         group: int = unit.params["group"]
-        scored = read_partition(self.store, self.scores, group, len(self.groups), DROP)
+        scored = read_buckets(self.store, self.scores, group, len(self.groups), DROP)
         dropped = scored[scored["score"] > self.threshold]
         write_unit_drops(output.path("drops.bin"), dropped, *self.groups.range(group))
         output.count("dropped", len(dropped))

@@ -11,7 +11,7 @@ from cluster.executor import Unit
 from cluster.store import Store
 from pipeline.buckets import Records
 from pipeline.curation.context import Context, Curated
-from pipeline.duplicates.exchange import group_tasks, of_units, read_facts
+from pipeline.duplicates.exchange import facts_tasks, of_units, read_facts
 from pipeline.duplicates.keys import read_known
 from pipeline.models.stages import Embedded
 from pipeline.selection import Drops, Groups
@@ -38,7 +38,7 @@ def vector_dtype(dimension: int) -> np.dtype[Any]:
 def tasks_of(curated: Curated, embedded: Sequence[Embedded]) -> tuple[Unit, ...]:
     """Units of a group with about `TASK_BYTES` of embeddings together: a group is ten times as much, and more."""
     tasks = []
-    for task in group_tasks(curated, lambda unit: unit.facts):
+    for task in facts_tasks(curated):
         begin, files = task.params["first_unit"], task.params["files"]
         for first, end in _pieces(embedded[begin : task.params["end_unit"]]):
             of_task = embedded[begin + first : begin + end]

@@ -1,8 +1,9 @@
 """`make bench-dedup`: exact and near-duplicates at scale, on two cores with Ray; exact ones beside Ray Data.
 
-Synthetic keys lie on disk as the decide stage leaves them: a file of `FACTS` for every 2,000 rows, read with its sha256
-checked. Measured is the step as a build runs it: all its stages with their journal, to the files that the pack stage
-reads. Not measured: the decide stage, which makes the facts from columns of the fetch stage's rows.
+Synthetic keys lie on disk as the decide stage leaves them: a file for every 2,000 rows, with the fields of `FACTS` that
+the configured step needs, read with its sha256 checked. Measured is the step as a build runs it: all its stages with
+their journal, to the files that the pack stage reads. Not measured: the decide stage, which makes the facts from
+columns of the fetch stage's rows.
 
 Of the rows 10 % have one and the same key, 10 % that of some other row; 5 % look like another row but for one to three
 bits, half of them in a mirror. Ray Data gets two columns of 64-bit integers in parquet and the least work that finds
@@ -28,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from meter import INTERVAL_S, TreeMeter
+from numpy.lib.recfunctions import repack_fields
 from numpy.typing import NDArray
 
 from cluster.config import parse
@@ -39,7 +41,7 @@ from cluster.store import Store
 from pipeline.config import BuildConfig
 from pipeline.curation.context import Context, Curated, Step
 from pipeline.duplicates.exact import drop_exact
-from pipeline.duplicates.facts import FACTS, HAS_BYTES, HAS_LOOK
+from pipeline.duplicates.facts import FACTS, HAS_BYTES, HAS_LOOK, needed_facts
 from pipeline.duplicates.near import drop_near
 from pipeline.selection import DecidedUnit, Drops, Groups
 from pipeline.workfile import WorkFile
@@ -94,8 +96,8 @@ def telling(rows: Words) -> Words:
     return hashes
 
 
-def facts_of_rows(first: int, end: int, num_rows: int) -> NDArray[Any]:
-    """FACTS of these rows."""
+def facts_of_rows(first: int, end: int, num_rows: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Facts of these rows."""
     rows = np.arange(first, end, dtype=np.uint64)
     facts = np.zeros(len(rows), FACTS)
     facts["unit"], facts["row"] = rows // ROWS_PER_UNIT, rows % ROWS_PER_UNIT
@@ -105,16 +107,16 @@ def facts_of_rows(first: int, end: int, num_rows: int) -> NDArray[Any]:
     facts["phash"] = looks(rows)
     facts["phash_mirror"] = facts["phash"] ^ ODD_COLUMNS
     facts["num_chars"], facts["flags"] = 50, HAS_BYTES | HAS_LOOK
-    return facts
+    return repack_fields(facts[list(dtype.names or ())])
 
 
-def write_units(folder: str, first: int, end: int, num_rows: int) -> list[str]:
+def write_units(folder: str, first: int, end: int, num_rows: int, dtype: np.dtype[Any]) -> list[str]:
     """Write the facts of these units; returns their sha256."""
     hashes = []
     for unit in range(first, end):
         path = Path(folder) / path_of(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = facts_of_rows(unit * ROWS_PER_UNIT, min(num_rows, (unit + 1) * ROWS_PER_UNIT), num_rows)
+        facts = facts_of_rows(unit * ROWS_PER_UNIT, min(num_rows, (unit + 1) * ROWS_PER_UNIT), num_rows, dtype)
         facts.tofile(path)
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
     return hashes
@@ -189,14 +191,17 @@ class Dataset:
 
     folder: Path
     num_rows: int
+    config: BuildConfig
     curated: Curated
 
     @staticmethod
-    def make(folder: Path, num_rows: int) -> "Dataset":
+    def make(folder: Path, num_rows: int, *settings: str) -> "Dataset":
+        config = parse(BuildConfig, ["input=a", f"output={folder}", "dedup.prefer=[uid]", *settings])
+        dtype = needed_facts(config.dedup)
         num_units = -(-num_rows // ROWS_PER_UNIT)
         starts = range(0, num_units, UNITS_PER_TASK)
         write = ray.remote(write_units)
-        tasks = [write.remote(str(folder), s, min(num_units, s + UNITS_PER_TASK), num_rows) for s in starts]
+        tasks = [write.remote(str(folder), s, min(num_units, s + UNITS_PER_TASK), num_rows, dtype) for s in starts]
         hashes = [sha256 for part in ray.get(tasks) for sha256 in part]
         none = WorkFile(stage="fetch", unit="", path="", sha256="")
         units = tuple(
@@ -212,10 +217,10 @@ class Dataset:
             for index, sha256 in enumerate(hashes)
         )
         num_kept = tuple(min(ROWS_PER_UNIT, num_rows - index * ROWS_PER_UNIT) for index in range(num_units))
-        curated = Curated(units=units, num_kept=num_kept, groups=Groups.of(num_kept))
-        return Dataset(folder=folder, num_rows=num_rows, curated=curated)
+        curated = Curated(units=units, num_kept=num_kept, groups=Groups.of(num_kept), facts=dtype)
+        return Dataset(folder=folder, num_rows=num_rows, config=config, curated=curated)
 
-    def run(self, step: Step, *settings: str) -> tuple[Drops, Cost]:
+    def run(self, step: Step) -> tuple[Drops, Cost]:
         """(what a step of curation drops, what it takes)."""
         store = Store(str(self.folder))
         journal = Journal(store)
@@ -223,8 +228,7 @@ class Dataset:
         def run(stage: Any) -> dict[str, Marker]:
             return run_stage(stage, journal, RayExecutor(is_local=True), Progress())
 
-        config = parse(BuildConfig, ["input=a", f"output={self.folder}", *settings])
-        context = Context(config=config, store=store, run_stage=run)
+        context = Context(config=self.config, store=store, run_stage=run)
         drops, cost = measured(lambda: step(context, self.curated))
         assert drops is not None
         return drops, cost
@@ -247,7 +251,7 @@ def chunks(num_rows: int) -> Iterator[Words]:
 
 def bench_exact(data: Dataset) -> Cost:
     """What it takes; fails unless exactly the row with the smallest uid of every key is left."""
-    drops, cost = data.run(drop_exact, "dedup.prefer=[uid]")
+    drops, cost = data.run(drop_exact)
     smallest = np.full(data.num_rows, 2**64 - 1, np.uint64)
     for rows in chunks(data.num_rows):
         np.minimum.at(smallest, contents(rows, data.num_rows).astype(np.int64), mixed(rows, 10))
@@ -260,7 +264,7 @@ def bench_exact(data: Dataset) -> Cost:
 
 def bench_near(data: Dataset) -> tuple[Cost, float, int]:
     """(what it takes, share of the planted pairs that came together, how many rows were dropped beyond the planted)."""
-    drops, cost = data.run(drop_near, "dedup.near_distance=3", "dedup.prefer=[uid]")
+    drops, cost = data.run(drop_near)
     found = data.representatives(drops)
     rows = np.arange(data.num_rows, dtype=np.uint64)
     is_like, partner = partners(rows)
@@ -324,8 +328,10 @@ def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
     if "exact" in wanted or "large" in wanted:
         exact = bench_exact(data)
         say_speed("dedup.exact", num_rows, exact)
+    shutil.rmtree(top / "rows")
     if "near" in wanted:
-        near, recall, beyond = bench_near(data)
+        near, recall, beyond = bench_near(Dataset.make(top / "looks", num_rows, "dedup.near_distance=3"))
+        shutil.rmtree(top / "looks")
         say_speed("dedup.near", num_rows, near)
         print(f"dedup.near.recall_3bit: {recall:.7g}")
         say("dedup.near.beyond_planted", beyond, "rows")
@@ -336,7 +342,6 @@ def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
         if "exact" in wanted:
             say("dedup.exact.ratio_vs_ray_data", peer.wall_s / exact.wall_s, "times")
             say("dedup.exact.cpu_ratio_vs_ray_data", peer.cpu_s / exact.cpu_s, "times")
-    shutil.rmtree(top / "rows")
     if "large" in wanted:
         large = Dataset.make(top / "large", num_large)
         cost = bench_exact(large)

@@ -21,6 +21,7 @@ from pipeline.balance.sample import MATCH, NO_CONCEPT, Matches, draw, probabilit
 from pipeline.balance.step import balance
 from pipeline.config import BuildConfig
 from pipeline.curation.context import Context, Curated
+from pipeline.duplicates.facts import needed_facts
 from pipeline.selection import DecidedUnit, Groups
 
 Words = Callable[..., list[str]]
@@ -180,14 +181,16 @@ def test_a_repair_draws_with_the_probabilities_of_the_build(words: Words, tmp_pa
         ran.append(stage.name)
         return run_stage(stage, journal, InlineExecutor(), Progress())
 
+    config = parse(BuildConfig, settings)
     fetched, decided = journal.markers("fetch"), journal.markers("decide")
     first = next(iter(fetched))  # a repair of this unit alone
     curated = Curated(
         units=(DecidedUnit.of(0, fetched[first], decided[first]),),
         num_kept=(decided[first].counts["kept"],),
         groups=Groups(starts=(0, 1)),
+        facts=needed_facts(config.dedup),
     )
-    drops = balance(Context(config=parse(BuildConfig, settings), store=store, run_stage=run, generation=1), curated)
+    drops = balance(Context(config=config, store=store, run_stage=run, generation=1), curated)
     assert drops is not None
     assert ran == ["repair-0001-balance-count", "repair-0001-balance-draw"]
     record = pq.read_table(folder / "record/00000.parquet").to_pylist()

@@ -307,7 +307,10 @@ def test_a_build_leaves_out_what_an_evaluation_set_holds(dataset: Path, words: A
     out = tmp_path / "out"
     assert main(["build", *words(out, *settings)]) == 0
     records = [row for path in sorted((out / "record").glob("*")) for row in pq.read_table(path).to_pylist()]
-    (dropped,) = [row for row in records if row["reason"] == "evaluation_set"]
-    assert dropped["uid"] == row["uid"]
-    assert (dropped["rule"], dropped["detail"]) == ("curate.evaluation_distance", "held-out: it.jpg")
-    assert dropped["score"] <= dropped["threshold"] == 4
+    dropped = [row for row in records if row["reason"] == "evaluation_set"]
+    # The list has the same bytes under several URLs, and it depends on the server's port which pair comes first.
+    assert {pair["uid"] for pair in dropped} == {pair["uid"] for pair in records if pair["sha256"] == row["sha256"]}
+    assert row["uid"] in {pair["uid"] for pair in dropped}
+    for pair in dropped:
+        assert (pair["rule"], pair["detail"]) == ("curate.evaluation_distance", "held-out: it.jpg")
+        assert pair["score"] <= pair["threshold"] == 4
