@@ -180,9 +180,7 @@ class Journal:
         files = []
         for name, local, publish_as in output.files():
             path = publish_as or f"work/{stage}/{unit}.{attempt}/{name}"
-            size_bytes, sha256 = os.path.getsize(local), file_sha256(local)
-            self.store.put_file(local, path)
-            files.append(OutputFile(name=name, path=path, size_bytes=size_bytes, sha256=sha256))
+            files.append(self._put(name, local, path))
         marker = Marker(
             stage=stage,
             unit=unit,
@@ -201,6 +199,14 @@ class Journal:
         if winner is None:
             raise FileNotFoundError(f"{marker_path(stage, unit)} was created by another attempt, then removed")
         return winner
+
+    def _put(self, name: str, local: Path, path: str) -> OutputFile:
+        """Move a file into the store; its sha256 is computed while the disk or the network takes it."""
+        with open(local, "rb") as file, ThreadPoolExecutor(1) as thread:
+            size_bytes = os.fstat(file.fileno()).st_size
+            digest = thread.submit(hashlib.file_digest, file, "sha256")
+            self.store.put_file(local, path)
+            return OutputFile(name=name, path=path, size_bytes=size_bytes, sha256=digest.result().hexdigest())
 
     def sweep(self, stage: str) -> int:
         """Remove what attempts without a marker left behind; returns the number of objects removed.

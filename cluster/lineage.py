@@ -12,7 +12,8 @@ than that. Outputs that are made again with the same bytes are the same input.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from functools import cache
+from typing import Any
 
 from cluster.journal import Journal, Marker
 from cluster.store import is_elsewhere
@@ -24,14 +25,8 @@ Reference = tuple[str, str, str, str]
 """(stage, unit, file name, sha256)"""
 
 
-@runtime_checkable
-class VouchedFile(Protocol):
-    """An output of a unit, with what its marker says of it."""
-
-    stage: str
-    unit: str
-    path: str
-    sha256: str
+_VOUCHED_FILE = {"stage", "unit", "path", "sha256"}
+"""Fields of a dataclass that is an output of a unit, with what its marker says of it."""
 
 
 def lineage(journal: Journal, stage: Any) -> Callable[[Any], dict[str, str]]:
@@ -97,18 +92,26 @@ def _references(value: Any, known: _Known) -> Iterator[Reference]:
         for output in value.outputs:
             if not is_elsewhere(output.path):
                 yield value.stage, value.unit, _base(output.path), output.sha256
-    elif isinstance(value, VouchedFile):
-        if not is_elsewhere(value.path):
-            yield value.stage, value.unit, _base(value.path), value.sha256
+    elif names := _field_names(value.__class__):
+        if names >= _VOUCHED_FILE:
+            if not is_elsewhere(value.path):
+                yield value.stage, value.unit, _base(value.path), value.sha256
+        else:
+            for name in names:
+                yield from _references(getattr(value, name), known)
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from _references(each, known)
     elif isinstance(value, Sequence) and not isinstance(value, bytes):
         for each in value:
             yield from _references(each, known)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for each in dataclasses.fields(value):
-            yield from _references(getattr(value, each.name), known)
+
+
+@cache
+def _field_names(kind: Any) -> frozenset[str]:
+    """Of a dataclass, else none. Kept, as a unit may name thousands of files."""
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return frozenset(field.name for field in fields)
 
 
 def _named(references: set[Reference], known: _Known) -> dict[str, str]:

@@ -142,6 +142,14 @@ class Store:
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(read, items))
 
+    def prefetch(self, paths: Sequence[str]) -> None:
+        """Have the disk bring these files while the first of them are read; nothing is done on other stores."""
+        if not self.is_local:
+            return
+        for path in paths:
+            with contextlib.suppress(OSError), open(self.full(path), "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def open(self, path: str) -> BinaryIO:
         """A seekable binary reader."""
         return cast(BinaryIO, self._call(self._fs.open, path, "rb"))

@@ -11,7 +11,7 @@ from cluster.session import RayConfig
 from pipeline.about import AboutConfig
 from pipeline.addresses import is_network
 from pipeline.balance.config import BalanceConfig
-from pipeline.duplicates.config import DedupConfig
+from pipeline.duplicates.config import DedupConfig, Preference
 from pipeline.models.config import ModelsConfig
 from pipeline.rules.config import CurateConfig
 
@@ -392,6 +392,12 @@ class BuildConfig(Config):
             "fetch.engine=img2dataset: has no guard against internal addresses, no limit per host, no fast mode and "
             f"reads neither robots.txt nor tdm-reservation; to go without, set {needed}, or leave fetch.engine=pairmill"
         ]
+
+
+def preferences(config: BuildConfig) -> tuple[Preference, ...]:
+    """What of `dedup.prefer` makes a difference: sources do if their priorities differ; uids decide last anyway."""
+    has_effect = {"source": len({*source_priorities(config).values()}) > 1, "caption": True, "uid": False}
+    return tuple(name for name in config.dedup.prefer if has_effect[name])
 
 
 def source_priorities(config: BuildConfig) -> dict[str, int]:

@@ -32,7 +32,7 @@ def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
         image_rules(context.config.curate),
         measure(context, fetched),
         priorities=source_priorities(context.config),
-        facts=needed_facts(context.config.dedup),
+        facts=needed_facts(context.config),
         has_labels=has_labels(context.config),
     )
     decided = context.run_stage(replace(decide, name=context.name("decide")))

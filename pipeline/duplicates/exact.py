@@ -7,6 +7,7 @@ represents it then stands for all of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
 from pipeline.buckets import read_buckets
+from pipeline.config import preferences
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.exchange import (
     ROWS_PER_PARTITION,
@@ -28,6 +30,7 @@ from pipeline.duplicates.keys import (
     BYTES,
     BYTES_AND_CAPTION,
     KEY,
+    KEY_WITHOUT_RANK,
     URL,
     Criterion,
     KeysStage,
@@ -62,12 +65,15 @@ def drop_same_bytes_and_caption(context: Context, curated: Curated) -> Drops | N
 def drop_same(context: Context, curated: Curated, criterion: Criterion, name: str, rule: str, reason: Reason) -> Drops:
     """The three stages of one criterion."""
     partitions = num_partitions(context.num_known + sum(curated.num_kept))
+    prefer = preferences(context.config)
+    has_ranks = bool(prefer or context.known)
     stage = KeysStage(
         store=context.store,
         tasks=facts_tasks(curated),
         drops=curated.drops,
         criterion=criterion,
-        prefer=tuple(context.config.dedup.prefer),
+        prefer=prefer,
+        has_ranks=has_ranks,
         partitions=partitions,
         name=context.name(f"{name}-keys"),
     )
@@ -85,6 +91,7 @@ def drop_same(context: Context, curated: Curated, criterion: Criterion, name: st
     drops = DropsStage(
         store=context.store,
         keys=(*known, *paths_of(keys, "keys.bin")),
+        dtype=KEY if has_ranks else KEY_WITHOUT_RANK,
         partitions=partitions,
         groups=curated.groups,
         name=context.name(f"{name}-drops"),
@@ -104,6 +111,7 @@ class DropsStage:
 
     store: Store
     keys: tuple[str, ...]
+    dtype: np.dtype[Any]
     partitions: int
     groups: Groups
     name: str
@@ -114,7 +122,7 @@ class DropsStage:
         return [Unit(id=f"{index:05}", params={"partition": index}) for index in range(self.partitions)]
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        keys = read_buckets(self.store, self.keys, unit.params["partition"], self.partitions, KEY)
+        keys = read_buckets(self.store, self.keys, unit.params["partition"], self.partitions, self.dtype)
         dropped, representatives = find_duplicates(keys)
         is_new = np.flatnonzero(dropped["unit"] != KNOWN)
         drops = make_drops(dropped.take(is_new), representatives.take(is_new))

@@ -76,6 +76,7 @@ class GroupStage:
 
 def read_facts(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) -> Records:
     """[N] FACTS of a group's samples that the steps before have left. `task`: of `facts_tasks`."""
+    store.prefetch([file.path for file in task["files"]])
     facts, pieces = pieces_of(task["num_rows"], task["facts"])
     store.overlapped(lambda read: read[0].read_into(store, read[1]), list(zip(task["files"], pieces, strict=True)))
     is_living = living(store, facts["unit"], facts["row"], drops, task["group"])

@@ -1,7 +1,8 @@
 """Keys that samples share when they are the same, who of them is kept, and the samples that are known already."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,15 @@ KEY = np.dtype(
     [
         ("key_high", "<u8"),
         ("key_low", "<u8"),
-        ("rank", "<u8"),  # of several samples with the same key the one with the smallest (rank, uid) is kept
         ("uid_high", "<u8"),
         ("uid_low", "<u8"),
         ("unit", "<u4"),
         ("row", "<u4"),
+        ("rank", "<u8"),  # of several samples with the same key the one with the smallest (rank, uid) is kept
     ]
 )
+KEY_WITHOUT_RANK = np.dtype(KEY.descr[:-1])
+"""`KEY` where all have the same rank: what is written is most of what such a step costs."""
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -70,10 +73,14 @@ def ranks(facts: Records, prefer: Sequence[Preference]) -> NDArray[np.uint64]:
     return np.maximum(rank, np.uint64(1))
 
 
-def make_keys(facts: Records, high: NDArray[np.uint64], low: NDArray[np.uint64], rank: NDArray[np.uint64]) -> Records:
-    """[N] KEY."""
-    keys = np.empty(len(facts), KEY)
-    keys["key_high"], keys["key_low"], keys["rank"] = high, low, rank
+def make_keys(
+    facts: Records, high: NDArray[np.uint64], low: NDArray[np.uint64], rank: NDArray[np.uint64] | None
+) -> Records:
+    """[N] KEY, without rank if it is None."""
+    keys = np.empty(len(facts), KEY_WITHOUT_RANK if rank is None else KEY)
+    keys["key_high"], keys["key_low"] = high, low
+    if rank is not None:
+        keys["rank"] = rank
     for name in ("uid_high", "uid_low", "unit", "row"):
         keys[name] = facts[name]
     return keys
@@ -92,32 +99,47 @@ def find_duplicates(keys: Records) -> tuple[Records, Records]:
 
 def find_places(keys: Records) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(places of the dropped keys, the place of the key that represents each of them)."""
-    places, first = _runs(keys)
+    return _find(keys["key_low"], keys.take)
+
+
+def _find(
+    low: NDArray[np.uint64], pick: Callable[[NDArray[np.int64]], Records]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`find_places` of keys of which `low` is the second word; `pick` gives the keys at some places."""
+    places, first = _runs(low)
+    keys = pick(places)
     lengths = np.diff(first, append=len(places))
-    high, rank, uid = (keys[name][places] for name in ("key_high", "rank", "uid_high"))
-    is_best = rank == np.repeat(_minimum(rank, first), lengths)
-    uid = np.where(is_best, uid, np.uint64(2**64 - 1))
+    high, uid, is_best = keys["key_high"], keys["uid_high"], np.ones(len(keys), bool)
+    if "rank" in _names(keys):
+        is_best = keys["rank"] == np.repeat(_minimum(keys["rank"], first), lengths)
+        uid = np.where(is_best, uid, np.uint64(2**64 - 1))
     is_best &= uid == np.repeat(_minimum(uid, first), lengths)
     if (high != np.repeat(high[first], lengths)).any() or is_best.sum() != len(first):
         return _find_by_sorting(keys, places)  # a run is of two keys, or two uids begin alike
     return places[~is_best], np.repeat(places[is_best], lengths - 1)
 
 
-def _runs(keys: Records) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _runs(low: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(the places of keys that begin alike, run after run; where each run of two or more begins).
 
-    What is compared is the first bits of `key_low`, as many as fit into a word beside a place. One sort of words is
-    ten times as fast as a sort of records.
+    low: second words of keys. Compared are its first bits, as many as fit into a word beside a place. One sort of words
+    is ten times as fast as a sort of records.
     """
-    place_bits = np.uint64(max(1, len(keys) - 1).bit_length())
-    words = (keys["key_low"] >> place_bits << place_bits) | np.arange(len(keys), dtype=np.uint64)
+    place_bits = np.uint64(max(1, len(low) - 1).bit_length())
+    words = low >> place_bits
+    words <<= place_bits
+    words |= np.arange(len(low), dtype=np.uint64)
     words.sort()
     hashes = words >> place_bits
-    like_next = np.append(hashes[1:] == hashes[:-1], np.zeros(min(1, len(keys)), bool))
+    like_next = np.append(hashes[1:] == hashes[:-1], np.zeros(min(1, len(low)), bool))
     like_previous = np.roll(like_next, 1)
     is_shared = like_next | like_previous
     places = (words[is_shared] & ((np.uint64(1) << place_bits) - np.uint64(1))).astype(np.int64)
     return places, np.flatnonzero(~like_previous[is_shared])
+
+
+def _names(records: Records) -> tuple[str, ...]:
+    return records.dtype.names or ()
 
 
 def _minimum(values: NDArray[np.uint64], first: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -126,31 +148,42 @@ def _minimum(values: NDArray[np.uint64], first: NDArray[np.int64]) -> NDArray[np
 
 
 def _find_by_sorting(keys: Records, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`find_places` among these for any keys, at the price of a sort of records."""
-    some = keys[places]
-    order = np.lexsort(
-        tuple(some[name] for name in ("row", "unit", "uid_low", "uid_high", "rank", "key_low", "key_high"))
-    )
-    some, places = some[order], places[order]
-    same = (some["key_high"][1:] == some["key_high"][:-1]) & (some["key_low"][1:] == some["key_low"][:-1])
-    is_first = np.concatenate([np.ones(min(1, len(some)), bool), ~same])
-    best = np.maximum.accumulate(np.where(is_first, np.arange(len(some)), 0))
+    """`find_places` for any keys, which lie at these places, at the price of a sort of records."""
+    by = [name for name in ("rank", "uid_high", "uid_low", "unit", "row") if name in _names(keys)]
+    order = np.lexsort([keys[name] for name in (*reversed(by), "key_low", "key_high")])
+    keys, places = keys[order], places[order]
+    same = (keys["key_high"][1:] == keys["key_high"][:-1]) & (keys["key_low"][1:] == keys["key_low"][:-1])
+    is_first = np.concatenate([np.ones(min(1, len(keys)), bool), ~same])
+    best = np.maximum.accumulate(np.where(is_first, np.arange(len(keys)), 0))
     dropped = np.flatnonzero(~is_first)
     return places[dropped], places[best[dropped]]
 
 
-def write_keys(output: UnitOutput, keys: Records, partitions: int) -> None:
+def write_keys(
+    output: UnitOutput,
+    facts: Records,
+    criterion: Criterion,
+    rank_of: Callable[[Records], NDArray[np.uint64]] | None,
+    partitions: int,
+) -> None:
     """Outputs of a keys stage: the best sample of every key, and the repeats that it represents.
 
-    keys.bin      `KEY`, one bucket per partition
+    rank_of: the ranks of some facts; None where all have the same.
+
+    keys.bin      `KEY` or `KEY_WITHOUT_RANK`, one bucket per partition
     repeats.bin   `DROP`, one bucket
     """
-    dropped, representatives = find_places(keys)
-    repeats = make_drops(keys.take(dropped), keys.take(representatives))
+
+    def keys_of(some: Records) -> Records:
+        return make_keys(some, *criterion.keys(some), rank_of and rank_of(some))
+
+    high, low = criterion.keys(facts)
+    dropped, representatives = _find(low, lambda places: keys_of(facts.take(places)))
+    repeats = make_drops(facts.take(dropped), facts.take(representatives))
     write_buckets(output.path("repeats.bin"), repeats, np.zeros(len(repeats), np.int64), 1)
-    partition = partition_of(keys["key_high"], partitions)
+    partition = partition_of(high, partitions)
     partition[dropped] = partitions  # behind the last one: these are left out
-    write_in_buckets(output.path("keys.bin"), keys, partition, partitions)
+    write_in_buckets(output.path("keys.bin"), facts, partition, partitions, keys_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +195,7 @@ class KeysStage(GroupStage):
 
     criterion: Criterion
     prefer: tuple[Preference, ...]
+    has_ranks: bool
     partitions: int
     memory_bytes: int = 512 * 2**20
 
@@ -172,8 +206,8 @@ class KeysStage(GroupStage):
         output.count("without_key", len(facts) - int(has_key.sum()))
         if not has_key.all():
             facts = facts.take(np.flatnonzero(has_key))
-        keys = make_keys(facts, *self.criterion.keys(facts), ranks(facts, self.prefer))
-        write_keys(output, keys, self.partitions)
+        rank_of = partial(ranks, prefer=self.prefer) if self.has_ranks else None
+        write_keys(output, facts, self.criterion, rank_of, self.partitions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +231,8 @@ class KnownKeysStage:
     def run(self, unit: Unit, output: UnitOutput) -> None:
         facts = read_known(self.store, unit.params["paths"])
         facts = facts.take(np.flatnonzero(self.criterion.has_key(facts)))
-        keys = make_keys(facts, *self.criterion.keys(facts), np.zeros(len(facts), np.uint64))
-        write_keys(output, keys, self.partitions)
-        output.count("rows", len(keys))
+        write_keys(output, facts, self.criterion, lambda some: np.zeros(len(some), np.uint64), self.partitions)
+        output.count("rows", len(facts))
 
 
 def known_tasks(shards: Iterable[Shard]) -> list[Unit]:

@@ -27,6 +27,7 @@ from cluster.executor import Unit
 from cluster.journal import UnitOutput
 from cluster.store import Store
 from pipeline.buckets import Records, read_buckets, write_buckets, write_in_buckets
+from pipeline.config import preferences
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.components import EDGE, components, labels, lookup, mixed, part_of, write_edges
 from pipeline.duplicates.config import Preference
@@ -63,7 +64,7 @@ def drop_near(context: Context, curated: Curated) -> Drops | None:
     if dedup.near_distance is None:
         return None
     parts = num_partitions(context.num_known + sum(curated.num_kept))
-    look = Look(distance=dedup.near_distance, mirror=dedup.mirror, prefer=tuple(dedup.prefer), parts=parts)
+    look = Look(distance=dedup.near_distance, mirror=dedup.mirror, prefer=preferences(context.config), parts=parts)
     keys = context.run_stage(
         KeysStage(
             store=context.store,

@@ -27,6 +27,7 @@ from cluster.executor import Unit
 from cluster.journal import Journal, UnitOutput
 from cluster.store import Store
 from pipeline.buckets import Records, read_bucket, read_buckets, write_buckets, write_in_buckets
+from pipeline.config import preferences
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.clusters import assign, make_clusters, num_clusters
 from pipeline.duplicates.config import Preference
@@ -114,7 +115,7 @@ def drop_semantic(context: Context, curated: Curated) -> Drops | None:
     keys = context.run_stage(
         KeysStage(
             centres=WorkFile.of(clusters, "centres.npy"),
-            prefer=tuple(dedup.prefer),
+            prefer=preferences(context.config),
             keep=dedup.semantic_keep,
             parts=parts,
             name=context.name("semantic-keys"),

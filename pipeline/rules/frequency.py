@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cluster.executor import Unit
 from cluster.journal import Marker, UnitOutput
 from cluster.store import Store
-from pipeline.buckets import Records, read_bucket, write_buckets
+from pipeline.buckets import Records, read_bucket, read_buckets, write_buckets
 from pipeline.identity import keys_of_text
 from pipeline.rules import text
 from pipeline.rules.base import Scores
@@ -45,8 +45,7 @@ class Frequencies:
 
     def of_range(self, store: Store, index: int) -> Records:
         """The captions of one range that several pairs have, in the order of their hashes."""
-        parts = [read_bucket(store, path, index, self.num_ranges, KEY) for path in self.files]
-        return np.concatenate([np.empty(0, KEY), *parts])
+        return read_buckets(store, self.files, index, self.num_ranges, KEY)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -29,7 +30,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from meter import INTERVAL_S, TreeMeter
-from numpy.lib.recfunctions import repack_fields
 from numpy.typing import NDArray
 
 from cluster.config import parse
@@ -107,7 +107,7 @@ def facts_of_rows(first: int, end: int, num_rows: int, dtype: np.dtype[Any]) -> 
     facts["phash"] = looks(rows)
     facts["phash_mirror"] = facts["phash"] ^ ODD_COLUMNS
     facts["num_chars"], facts["flags"] = 50, HAS_BYTES | HAS_LOOK
-    return repack_fields(facts[list(dtype.names or ())])
+    return facts[list(dtype.names or ())].astype(dtype)
 
 
 def write_units(folder: str, first: int, end: int, num_rows: int, dtype: np.dtype[Any]) -> list[str]:
@@ -147,9 +147,15 @@ class Memory:
         while not self._stop.wait(SAMPLE_S):
             total = 0
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                with suppress(psutil.Error):
-                    total += process.memory_full_info().pss
+                with suppress(psutil.Error, OSError):
+                    total += _pss_bytes(process.pid)
             self.peak_bytes = max(self.peak_bytes, total)
+
+
+def _pss_bytes(pid: int) -> int:
+    """As psutil has it, which adds it up from all maps and so takes the time of what is measured."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
 
 
 @contextmanager
@@ -197,7 +203,7 @@ class Dataset:
     @staticmethod
     def make(folder: Path, num_rows: int, *settings: str) -> "Dataset":
         config = parse(BuildConfig, ["input=a", f"output={folder}", "dedup.prefer=[uid]", *settings])
-        dtype = needed_facts(config.dedup)
+        dtype = needed_facts(config)
         num_units = -(-num_rows // ROWS_PER_UNIT)
         starts = range(0, num_units, UNITS_PER_TASK)
         write = ray.remote(write_units)
@@ -221,8 +227,10 @@ class Dataset:
         return Dataset(folder=folder, num_rows=num_rows, config=config, curated=curated)
 
     def run(self, step: Step) -> tuple[Drops, Cost]:
-        """(what a step of curation drops, what it takes)."""
+        """(what a step of curation drops, what it takes), from the start each time."""
         store = Store(str(self.folder))
+        for path in (self.folder / "journal", *self.folder.glob("work/[!d]*")):
+            shutil.rmtree(path, ignore_errors=True)
         journal = Journal(store)
 
         def run(stage: Any) -> dict[str, Marker]:
@@ -273,15 +281,20 @@ def bench_near(data: Dataset) -> tuple[Cost, float, int]:
     return cost, float(together.mean()), num_dropped - int(is_like.sum())
 
 
-def bench_ray_data(folder: Path, num_rows: int) -> Cost:
-    """What Ray Data takes for the smallest uid of every key."""
-    import ray.data
-
-    lists, result = folder / "parquet", folder / "result"
+def make_parquet(lists: Path, num_rows: int) -> None:
+    """What `bench_ray_data` reads."""
     lists.mkdir(parents=True)
     step = max(1, num_rows // 20)
     write = ray.remote(write_parquet)
     ray.get([write.remote(str(lists), s, min(num_rows, s + step), num_rows) for s in range(0, num_rows, step)])
+
+
+def bench_ray_data(lists: Path, num_rows: int) -> Cost:
+    """What Ray Data takes for the smallest uid of every key."""
+    import ray.data
+
+    result = lists.with_name("result")
+    shutil.rmtree(result, ignore_errors=True)
     ray.data.DataContext.get_current().enable_progress_bars = False
     kept = (
         ray.data.read_parquet(str(lists))
@@ -303,6 +316,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--rows", type=int, default=10_000_000, help="of the comparison with Ray Data, and of near")
     words.add_argument("--large", type=int, default=100_000_000, help="of the large run of exact")
+    words.add_argument("--rounds", type=int, default=3, help="of exact and Ray Data, in turns")
     words.add_argument("--only", default="exact,ray_data,near,large", help="some of these, with commas")
     words.add_argument(
         "--folder", help="where keys are written: 160 bytes a row; default: the folder for temporary files"
@@ -312,7 +326,7 @@ def main() -> None:
     top = Path(tempfile.mkdtemp(prefix="bench-dedup-", dir=given.folder))
     try:
         with ray_session(RayConfig(num_cpus=2)):
-            run(top, wanted, given.rows, given.large)
+            run(top, wanted, given.rows, given.large, given.rounds)
     finally:
         shutil.rmtree(top, ignore_errors=True)
 
@@ -322,12 +336,10 @@ def say_speed(name: str, num_rows: int, cost: Cost) -> None:
     say(f"{name}.cpu", cost.cpu_s / num_rows * 1e6, "us/row")
 
 
-def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
+def run(top: Path, wanted: list[str], num_rows: int, num_large: int, rounds: int) -> None:
     data = Dataset.make(top / "rows", num_rows)
     warm(data)
-    if "exact" in wanted or "large" in wanted:
-        exact = bench_exact(data)
-        say_speed("dedup.exact", num_rows, exact)
+    exact = compare(data, top, rounds if "ray_data" in wanted else 0) if {"exact", "large"} & {*wanted} else None
     shutil.rmtree(top / "rows")
     if "near" in wanted:
         near, recall, beyond = bench_near(Dataset.make(top / "looks", num_rows, "dedup.near_distance=3"))
@@ -336,13 +348,7 @@ def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
         print(f"dedup.near.recall_3bit: {recall:.7g}")
         say("dedup.near.beyond_planted", beyond, "rows")
         say("dedup.near.peak_rss_gib", near.peak_bytes / 2**30, "GiB")
-    if "ray_data" in wanted:
-        peer = bench_ray_data(top / "ray_data", num_rows)
-        say_speed("dedup.ray_data", num_rows, peer)
-        if "exact" in wanted:
-            say("dedup.exact.ratio_vs_ray_data", peer.wall_s / exact.wall_s, "times")
-            say("dedup.exact.cpu_ratio_vs_ray_data", peer.cpu_s / exact.cpu_s, "times")
-    if "large" in wanted:
+    if "large" in wanted and exact:
         large = Dataset.make(top / "large", num_large)
         cost = bench_exact(large)
         name = f"dedup.exact.{num_large // 1_000_000}M"
@@ -350,6 +356,32 @@ def run(top: Path, wanted: list[str], num_rows: int, num_large: int) -> None:
         say(f"{name}.peak_rss_gib", cost.peak_bytes / 2**30, "GiB")
         say("dedup.exact.growth", cost.wall_s / exact.wall_s, "times")
         say("dedup.exact.cpu_growth", cost.cpu_s / exact.cpu_s, "times")
+
+
+def compare(data: Dataset, top: Path, rounds: int) -> Cost:
+    """The median of what exact takes, in turns with Ray Data."""
+    ours, peers = [bench_exact(data)], list[Cost]()
+    if rounds:
+        make_parquet(top / "parquet", data.num_rows)
+    for number in range(rounds):
+        peers.append(bench_ray_data(top / "parquet", data.num_rows))
+        if number:
+            ours.append(bench_exact(data))
+    middle = typical(ours)
+    say_speed("dedup.exact", data.num_rows, middle)
+    if peers:
+        say_speed("dedup.ray_data", data.num_rows, typical(peers))
+        ratios = [peer.wall_s / mine.wall_s for peer, mine in zip(peers, ours, strict=True)]
+        say("dedup.exact.ratio_vs_ray_data", statistics.median(ratios), "times")
+        print("dedup.exact.ratio_vs_ray_data.rounds: " + ", ".join(f"{ratio:.4g}" for ratio in ratios) + " times")
+        ratios = [peer.cpu_s / mine.cpu_s for peer, mine in zip(peers, ours, strict=True)]
+        say("dedup.exact.cpu_ratio_vs_ray_data", statistics.median(ratios), "times")
+    return middle
+
+
+def typical(costs: list[Cost]) -> Cost:
+    """The one with the median of the times."""
+    return sorted(costs, key=lambda cost: cost.wall_s)[len(costs) // 2]
 
 
 def warm(data: Dataset) -> None:
