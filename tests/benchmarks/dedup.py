@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,11 @@ class Cost:
     peak_bytes: int
 
 
+def new_ray() -> AbstractContextManager[Any]:
+    """Two cores, and no worker that anything has left behind."""
+    return ray_session(RayConfig(num_cpus=2))
+
+
 def measured(work: Callable[[], Any]) -> tuple[Any, Cost]:
     """(what the work gives, what it takes)."""
     os.sync()  # else what it writes would wait for the input, which was written a moment ago
@@ -206,9 +211,10 @@ class Dataset:
         dtype = needed_facts(config)
         num_units = -(-num_rows // ROWS_PER_UNIT)
         starts = range(0, num_units, UNITS_PER_TASK)
-        write = ray.remote(write_units)
-        tasks = [write.remote(str(folder), s, min(num_units, s + UNITS_PER_TASK), num_rows, dtype) for s in starts]
-        hashes = [sha256 for part in ray.get(tasks) for sha256 in part]
+        with new_ray():
+            write = ray.remote(write_units)
+            tasks = [write.remote(str(folder), s, min(num_units, s + UNITS_PER_TASK), num_rows, dtype) for s in starts]
+            hashes = [sha256 for part in ray.get(tasks) for sha256 in part]
         none = WorkFile(stage="fetch", unit="", path="", sha256="")
         units = tuple(
             DecidedUnit(
@@ -237,7 +243,9 @@ class Dataset:
             return run_stage(stage, journal, RayExecutor(is_local=True), Progress())
 
         context = Context(config=self.config, store=store, run_stage=run)
-        drops, cost = measured(lambda: step(context, self.curated))
+        with new_ray():
+            warm(self)
+            drops, cost = measured(lambda: step(context, self.curated))
         assert drops is not None
         return drops, cost
 
@@ -285,8 +293,9 @@ def make_parquet(lists: Path, num_rows: int) -> None:
     """What `bench_ray_data` reads."""
     lists.mkdir(parents=True)
     step = max(1, num_rows // 20)
-    write = ray.remote(write_parquet)
-    ray.get([write.remote(str(lists), s, min(num_rows, s + step), num_rows) for s in range(0, num_rows, step)])
+    with new_ray():
+        write = ray.remote(write_parquet)
+        ray.get([write.remote(str(lists), s, min(num_rows, s + step), num_rows) for s in range(0, num_rows, step)])
 
 
 def bench_ray_data(lists: Path, num_rows: int) -> Cost:
@@ -295,13 +304,15 @@ def bench_ray_data(lists: Path, num_rows: int) -> Cost:
 
     result = lists.with_name("result")
     shutil.rmtree(result, ignore_errors=True)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    kept = (
-        ray.data.read_parquet(str(lists))
-        .groupby("key")
-        .aggregate(ray.data.aggregate.Min("uid"), ray.data.aggregate.Count())
-    )
-    _, cost = measured(lambda: kept.write_parquet(str(result)))
+
+    def kept(read: str) -> ray.data.Dataset:
+        groups = ray.data.read_parquet(read).groupby("key")
+        return groups.aggregate(ray.data.aggregate.Min("uid"), ray.data.aggregate.Count())
+
+    with new_ray():
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        kept(str(min(lists.iterdir()))).count()  # its workers start and import what they need
+        _, cost = measured(lambda: kept(str(lists)).write_parquet(str(result)))
     rows = np.arange(num_rows, dtype=np.uint64)
     expected = len(np.unique(contents(rows, num_rows)))
     assert pq.ParquetDataset(str(result)).read(columns=["key"]).num_rows == expected
@@ -325,8 +336,7 @@ def main() -> None:
     wanted = given.only.split(",")
     top = Path(tempfile.mkdtemp(prefix="bench-dedup-", dir=given.folder))
     try:
-        with ray_session(RayConfig(num_cpus=2)):
-            run(top, wanted, given.rows, given.large, given.rounds)
+        run(top, wanted, given.rows, given.large, given.rounds)
     finally:
         shutil.rmtree(top, ignore_errors=True)
 
@@ -338,7 +348,6 @@ def say_speed(name: str, num_rows: int, cost: Cost) -> None:
 
 def run(top: Path, wanted: list[str], num_rows: int, num_large: int, rounds: int) -> None:
     data = Dataset.make(top / "rows", num_rows)
-    warm(data)
     exact = compare(data, top, rounds if "ray_data" in wanted else 0) if {"exact", "large"} & {*wanted} else None
     shutil.rmtree(top / "rows")
     if "near" in wanted:
