@@ -39,11 +39,12 @@ def tasks_of(curated: Curated, embedded: Sequence[Embedded]) -> tuple[Unit, ...]
     """Units of a group with about `TASK_BYTES` of embeddings together: a group is ten times as much, and more."""
     tasks = []
     for task in facts_tasks(curated):
-        begin, files = task.params["first_unit"], task.params["files"]
+        begin = task.params["first_unit"]
         for first, end in _pieces(embedded[begin : task.params["end_unit"]]):
             of_task = embedded[begin + first : begin + end]
-            place = {"first_unit": begin + first, "end_unit": begin + end, "files": files[first:end]}
-            params = {**task.params, **place, **_embeddings(of_task)}
+            part = {name: task.params[name][first:end] for name in ("files", "num_rows")}
+            place = {"first_unit": begin + first, "end_unit": begin + end}
+            params = {**task.params, **part, **place, **_embeddings(of_task)}
             tasks.append(replace(task, id=f"{task.id}-{first:05}", params=params))
     return tuple(tasks)
 
