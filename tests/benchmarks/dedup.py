@@ -6,9 +6,9 @@ their journal, to the files that the pack stage reads. Not measured: the decide 
 columns of the fetch stage's rows.
 
 Of the rows 10 % have one and the same key, 10 % that of some other row; 5 % look like another row but for one to three
-bits, half of them in a mirror. Ray Data gets the same 128-bit keys as two columns of integers in parquet, 64 bits of the
-uids, and the least work that finds the kept rows: the smallest uid of each key, and how many rows there are. Both have
-a Ray of their own in each round, with its workers warm.
+bits, half of them in a mirror. Ray Data gets the same 128-bit keys as two columns of integers in parquet, 64 bits of
+the uids, and the least work that finds the kept rows: the smallest uid of each key, and how many rows there are. Both
+have a Ray of their own in each round, with its workers warm.
 """
 
 import argparse

@@ -29,6 +29,19 @@ def test_what_is_written_is_read_back_whole_and_in_part(store: Store) -> None:
         assert file.read() == b"ij"
 
 
+def test_a_buffer_is_filled_from_an_offset_or_it_is_said_that_the_object_ends(store: Store) -> None:
+    store.write_bytes("a/b.bin", b"0123456789")
+    buffer = bytearray(6)
+    store.read_into("a/b.bin", memoryview(buffer), 4)
+    assert bytes(buffer) == b"456789"
+    with pytest.raises(EOFError, match="has 10 bytes, needed are 11"):
+        store.read_into("a/b.bin", memoryview(buffer), 5)
+    with pytest.raises(FileNotFoundError):
+        store.read_into("a/absent.bin", memoryview(buffer))
+    store.prefetch(["a/b.bin", "a/absent.bin"])
+    assert store.overlapped(store.read_bytes, ["a/b.bin"] * 9) == [b"0123456789"] * 9
+
+
 def test_one_of_many_writers_creates(store: Store) -> None:
     writers = range(1) if store.url.startswith("memory") else range(8)
     with ThreadPoolExecutor(8) as pool:

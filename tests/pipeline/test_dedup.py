@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import pytest
 
 import pipeline.duplicates.keys as keys_module
 from cluster.config import parse
-from cluster.errors import RequestError
+from cluster.errors import RequestError, RunError
 from cluster.executor import InlineExecutor, run_stage
 from cluster.journal import Journal, Marker
 from cluster.progress import Progress
@@ -23,7 +24,7 @@ from pipeline.curation.chain import curate
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates import exact, exchange
 from pipeline.duplicates.config import DedupConfig
-from pipeline.duplicates.facts import facts_of
+from pipeline.duplicates.facts import FACTS, facts_of, needed_facts
 from pipeline.duplicates.keys import BYTES, BYTES_AND_CAPTION, KEY, URL, find_duplicates, make_keys, partition_of, ranks
 from pipeline.selection import Groups, representative_uid, survivors
 
@@ -113,6 +114,54 @@ def test_criteria_are_steps_of_which_each_sees_what_those_before_have_left(store
 
 
 @pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize(("prefer", "kept"), [("uid", 1), ("caption", 3)])
+def test_a_build_keeps_what_is_preferred(store: Store, fetch: Any, prefer: str, kept: int) -> None:
+    captions = {1: "short", 2: "words", 3: "a long caption"}
+    fetched = fetch([[{"uid": uid, "body": "same", "caption": caption}] for uid, caption in captions.items()])
+    done = curated(store, fetched, f"dedup.prefer=[{prefer}]")
+    assert {uid for _, uid in duplicates_of(store, done).values()} == {kept}
+    assert done.num_kept == tuple(int(uid == kept) for uid in captions)
+
+
+def test_only_the_facts_that_are_compared_are_written() -> None:
+    always = ("unit", "row", "uid_high", "uid_low")
+    same = ("bytes_high", "bytes_low")
+    sources = "sources={a: {input: list, priority: 1}, b: {input: more}}"
+    for given, names in (
+        (["dedup.exact=false"], ("flags",)),
+        ([], (*same, "flags")),
+        (["dedup.near_distance=3"], (*same, "phash", "phash_mirror", "flags")),
+        (["dedup.by_url=true"], (*same, "url_high", "url_low", "flags")),
+        (["dedup.by_bytes_and_caption=true"], (*same, "caption_high", "caption_low", "flags")),
+        (["dedup.prefer=[caption]"], (*same, "num_chars", "flags")),
+        ([sources], (*same, "priority", "flags")),
+    ):
+        needed = needed_facts(parse(BuildConfig, ["output=out", *(["input=list"] * (given != [sources])), *given]))
+        assert needed.names == (*always, *names)
+        assert needed.itemsize % 8 == 0  # what is not aligned is copied three times as slowly
+        table = pa.table({"uid": ["1" * 32], "sha256": ["2" * 64], "url": ["u"], "caption": ["c"]})
+        some, whole = (facts_of(table, 7, [5], {}, dtype) for dtype in (needed, FACTS))
+        for name in {*needed.names} - {"flags"}:
+            assert some[name] == whole[name]
+
+
+def test_facts_that_were_cut_short_or_changed_are_named(store: Store, fetch: Any) -> None:
+    done = curated(store, fetch([[rows_of(sample) for sample in unit] for unit in UNITS]))
+    (task,) = exchange.facts_tasks(done)
+    assert len(exchange.read_facts(store, task.params, ())) == 8
+    path = Path(store.full(done.units[2].facts.path))
+    whole = path.read_bytes()
+    for damaged, told in (
+        (whole[:-1], "is shorter than it was"),
+        (whole[:-1] + b"!", "is damaged"),
+        (None, "is missing"),
+    ):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(RunError, match=told):
+            exchange.read_facts(store, task.params, ())
+
+
+@pytest.mark.usefixtures("cut")
 def test_one_key_that_every_sample_has(store: Store, fetch: Any) -> None:
     units = [[{"uid": 100 * unit + row + 5, "body": "same"} for row in range(30)] for unit in range(5)]
     units[3][7]["uid"] = 1
@@ -163,12 +212,13 @@ def test_preferences_that_make_no_sense_are_refused(prefer: Any) -> None:
         DedupConfig(prefer=prefer)
 
 
-def test_the_result_does_not_depend_on_the_order_of_the_keys() -> None:
+@pytest.mark.parametrize("has_ranks", [True, False])
+def test_the_result_does_not_depend_on_the_order_of_the_keys(has_ranks: bool) -> None:
     draw = np.random.default_rng(0)
     bodies, uids = draw.integers(0, 50, 400), draw.permutation(400)
     known = facts(tuple((int(uid), str(body), "", "", "") for uid, body in zip(uids, bodies, strict=True)))
     expected = {body: min(uids[bodies == body]) for body in set(bodies)}
-    keys = make_keys(known, *BYTES.keys(known), ranks(known, ["uid"]))
+    keys = make_keys(known, *BYTES.keys(known), ranks(known, ["uid"]) if has_ranks else None)
     for _ in range(3):
         dropped, representatives = find_duplicates(keys[draw.permutation(400)])
         assert len(dropped) == 400 - len(expected)
@@ -207,9 +257,10 @@ def test_fewer_than_two_keys_have_no_duplicates(count: int) -> None:
     assert len(dropped) == len(representatives) == 0
 
 
-def test_keys_and_uids_that_begin_alike_are_told_apart() -> None:
+@pytest.mark.parametrize("has_ranks", [True, False])
+def test_keys_and_uids_that_begin_alike_are_told_apart(has_ranks: bool) -> None:
     known = facts(tuple((uid, "a", "u", "c", "s") for uid in (3, 1, 2, 7, 8)))
-    keys = make_keys(known, *BYTES.keys(known), ranks(known, []))
+    keys = make_keys(known, *BYTES.keys(known), ranks(known, []) if has_ranks else None)
     keys["key_high"] = [1, 2, 1, 2, 3]  # key_low is the same
     dropped, representatives = find_duplicates(keys)
     assert sorted(zip(dropped["row"].tolist(), representatives["row"].tolist(), strict=True)) == [(0, 2), (3, 1)]
