@@ -120,7 +120,7 @@ class Store:
         return cast(bytes, self._call(self._fs.cat_file, path, start=offset, end=offset + size_bytes))
 
     def read_into(self, path: str, buffer: memoryview, offset: int = 0) -> None:
-        """Fill a buffer of bytes with what lies from `offset`: no copy of it is made on a local disk.
+        """Fill a buffer of bytes with what lies from `offset`: on a local disk no copy is made nor kept in memory.
 
         Raises FileNotFoundError, and EOFError where the object ends before.
         """
@@ -129,6 +129,7 @@ class Store:
             with open(self.full(path), "rb", buffering=0) as file:
                 while size_bytes := os.preadv(file.fileno(), [buffer[filled:]], offset + filled):
                     filled += size_bytes
+                os.posix_fadvise(file.fileno(), offset, len(buffer), os.POSIX_FADV_DONTNEED)
         else:
             data = self.read_range(path, offset, len(buffer))
             buffer[: len(data)], filled = data, len(data)
