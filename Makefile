@@ -43,7 +43,7 @@ bench-loss: .venv/.installed  ## memory and time of the contrastive losses again
 bench-rules: .venv/.installed  ## captions a second through every rule that needs no image; a minute
 	$(BIN)/python tests/benchmarks/rules.py
 
-bench-dedup: .venv/.installed  ## exact and near-duplicates at scale, against Ray Data; ten minutes on two idle cores, 25 GB of disk
+bench-dedup: .venv/.installed  ## exact and near-duplicates at scale, against Ray Data; ten minutes on two idle cores, 12 GB of disk
 	$(BIN)/python tests/benchmarks/dedup.py
 
 bench-durable: .venv/.installed  ## a build to a real S3 server against the same to a local disk, in turns; two minutes on two idle cores

@@ -30,7 +30,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from meter import INTERVAL_S, TreeMeter
+from meter import TreeMeter
 from numpy.typing import NDArray
 
 from cluster.config import parse
@@ -189,12 +189,12 @@ def new_ray() -> AbstractContextManager[Any]:
 def measured(work: Callable[[], Any]) -> tuple[Any, Cost]:
     """(what the work gives, what it takes)."""
     os.sync()  # else what it writes would wait for the input, which was written a moment ago
-    with TreeMeter(pid=os.getpid()) as meter, watched() as memory:
-        time.sleep(2 * INTERVAL_S)
+    with TreeMeter(pid=os.getpid(), interval_s=SAMPLE_S) as meter, watched() as memory:
+        time.sleep(2 * SAMPLE_S)
         started = time.time()
         result = work()
         ended = time.time()
-        time.sleep(2 * INTERVAL_S)
+        time.sleep(2 * SAMPLE_S)
     return result, Cost(wall_s=ended - started, cpu_s=meter.cpu_between(started, ended), peak_bytes=memory.peak_bytes)
 
 
@@ -332,7 +332,7 @@ def main() -> None:
     words.add_argument("--rounds", type=int, default=3, help="of exact and Ray Data, in turns")
     words.add_argument("--only", default="exact,ray_data,near,large", help="some of these, with commas")
     words.add_argument(
-        "--folder", help="where keys are written: 160 bytes a row; default: the folder for temporary files"
+        "--folder", help="where keys are written: 120 bytes a row; default: the folder for temporary files"
     )
     given = words.parse_args()
     wanted = given.only.split(",")

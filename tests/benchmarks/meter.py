@@ -24,6 +24,8 @@ class TreeMeter:
     pid: int
     worker: str = ""
     """What the command line of a worker holds; "" measures no memory."""
+    interval_s: float = INTERVAL_S
+    """To look at every process of the machine takes milliseconds: a short run on all cores wants fewer samples."""
     times: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     worker_cpu_s: list[float] = field(default_factory=list)
@@ -69,7 +71,7 @@ class TreeMeter:
             self.worker_cpu_s.append(sum(seconds for pid, seconds in used.items() if is_worker.get(pid)))
             if self.worker and len(self.times) % MEMORY_EVERY == 0:
                 self._measure_workers(processes)
-            self._stop.wait(INTERVAL_S)
+            self._stop.wait(self.interval_s)
 
     def _is_worker(self, process: psutil.Process) -> bool:
         return bool(self.worker) and self.worker in " ".join(process.cmdline())
