@@ -136,11 +136,7 @@ class Journal:
     def markers(self, stage: str) -> dict[str, Marker]:
         """Every marker of a stage by unit id, in order of unit id."""
         paths = [entry.path for entry in self.store.find(f"journal/{stage}") if entry.path.endswith(".json")]
-        if len(paths) < 8:
-            found = [Marker.read(self.store, path) for path in paths]
-        else:  # a small read each: overlap them, an object store takes tens of milliseconds per read
-            with ThreadPoolExecutor(16) as pool:
-                found = list(pool.map(lambda path: Marker.read(self.store, path), paths))
+        found = self.store.overlapped(lambda path: Marker.read(self.store, path), paths)
         return {marker.unit: marker for marker in sorted(found, key=lambda marker: marker.unit)}
 
     def announce(self, stage: str, units: Sequence[str]) -> None:

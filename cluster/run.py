@@ -29,16 +29,16 @@ class Run:
     resumed: bool
 
 
-def open_run(output: str, kind: str, config: Config) -> Run:
+def open_run(output: str, kind: str, config: Config, work_format: int | None = None) -> Run:
     """Register a run in its output folder, or resume the one that is there.
 
     kind: "build", "train" or "eval". config: stored whole in run.json, but for what signs URLs; only keys with
-    affects_result are compared.
+    affects_result are compared. work_format: of what stages leave for one another; None: it does not matter.
     Raises RequestError when the folder holds another run or files that belong to no run, or cannot be used.
     """
     store = open_store(output)
     try:
-        return _register(store, kind, config)
+        return _register(store, kind, config, work_format)
     except RequestError:
         raise
     except RunError as error:
@@ -50,10 +50,11 @@ def open_run(output: str, kind: str, config: Config) -> Run:
         ) from error
 
 
-def _register(store: Store, kind: str, config: Config) -> Run:
+def _register(store: Store, kind: str, config: Config, work_format: int | None) -> Run:
     record = {
         "kind": kind,
         "pairmill": version("pairmill"),
+        "work_format": work_format,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "result_config": redact(flatten(config, only_result=True)),
         "config": redact(config.model_dump(mode="json")),
@@ -123,6 +124,11 @@ def _refuse_other_run(store: Store, found: dict[str, Any], wanted: dict[str, Any
         raise RequestError(
             f"output={store.url}: holds a {found.get('kind')} run, this is a {wanted['kind']} run; "
             "choose another output"
+        )
+    if wanted["work_format"] is not None and found.get("work_format") != wanted["work_format"]:
+        raise RequestError(
+            f"output={store.url}: was begun by another version of pairmill ({found.get('pairmill')}), which leaves "
+            "other files between stages; finish it with that version, or choose another output"
         )
     old, new = found.get("result_config", {}), wanted["result_config"]
     differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]

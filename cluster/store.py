@@ -115,8 +115,9 @@ class Store:
     def read_range(self, path: str, offset: int, size_bytes: int) -> bytes:
         """`size_bytes` bytes from `offset`, without reading the rest; fewer where the object ends before."""
         if self.is_local:
-            with open(self.full(path), "rb", buffering=0) as file:
-                return os.pread(file.fileno(), size_bytes, offset)
+            with open(self.full(path), "rb") as file:
+                file.seek(offset)
+                return file.read(size_bytes)
         return cast(bytes, self._call(self._fs.cat_file, path, start=offset, end=offset + size_bytes))
 
     def read_into(self, path: str, buffer: memoryview, offset: int = 0) -> None:
@@ -129,12 +130,12 @@ class Store:
             with open(self.full(path), "rb", buffering=0) as file:
                 while size_bytes := os.preadv(file.fileno(), [buffer[filled:]], offset + filled):
                     filled += size_bytes
-                os.posix_fadvise(file.fileno(), offset, len(buffer), os.POSIX_FADV_DONTNEED)
+                _advise(file, "POSIX_FADV_DONTNEED", offset, len(buffer))
         else:
-            data = self.read_range(path, offset, len(buffer))
+            data = self.read_range(path, offset, len(buffer)) if len(buffer) else b""
             buffer[: len(data)], filled = data, len(data)
         if filled < len(buffer):
-            raise EOFError(f"{self.url_of(path)}: has {offset + filled:,} bytes, needed are {offset + len(buffer):,}")
+            raise EOFError(f"{self.url_of(path)}: ends before byte {offset + len(buffer):,}")
 
     def overlapped(self, read: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """`read` of every item. An object store answers each in tens of milliseconds: there the reads overlap."""
@@ -149,7 +150,7 @@ class Store:
             return
         for path in paths:
             with contextlib.suppress(OSError), open(self.full(path), "rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                _advise(file, "POSIX_FADV_WILLNEED")
 
     def open(self, path: str) -> BinaryIO:
         """A seekable binary reader."""
@@ -265,6 +266,13 @@ class Store:
             raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _advise(file: Any, advice: str, offset: int = 0, size_bytes: int = 0) -> None:
+    """Tell the kernel what comes for a part of a file, where it listens; size 0: to its end."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), offset, size_bytes, getattr(os, advice))
 
 
 def open_file_system(url: str, **options: Any) -> tuple[Any, str]:

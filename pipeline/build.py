@@ -38,6 +38,9 @@ from pipeline.timings import Timing, add_timing, images_per_s, read_timings
 
 logger = logging.getLogger(__name__)
 
+WORK_FORMAT = 2
+"""Grows when stages leave other files for one another: such a build cannot be finished by another version."""
+
 
 def build_command(config: BuildConfig) -> int:
     """Build (or go on building, or only find) a dataset, and print where everything is."""
@@ -48,7 +51,7 @@ def build_command(config: BuildConfig) -> int:
     require_rules(config.curate, config.output, read.columns())
     require_concepts(config.balance)
     require_reachable(config.ray)
-    run = open_run(config.output, "build", config)
+    run = open_run(config.output, "build", config, WORK_FORMAT)
     if isinstance(read, ReadStage):
         read.refuse_changed(run.journal)
     if not config.fetch.contact:

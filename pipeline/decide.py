@@ -40,7 +40,7 @@ class DecideStage:
     """of sources, see `facts_of`"""
     has_labels: bool = False
     """whether there are pairs with a category and no caption, see `pipeline.mixture`"""
-    facts: np.dtype[Any] = FACTS
+    facts_dtype: np.dtype[Any] = FACTS
     """the fields that the steps of curation need, see `needed_facts`"""
     name: str = "decide"
     num_cpus: float = 1.0
@@ -54,7 +54,7 @@ class DecideStage:
         measured: tuple[Measured, ...] = (),
         priorities: Mapping[str, int] | None = None,
         has_labels: bool = False,
-        facts: np.dtype[Any] = FACTS,
+        facts_dtype: np.dtype[Any] = FACTS,
     ) -> "DecideStage":
         rows = tuple(WorkFile.of(marker, "rows.parquet") for marker in fetched)
         return DecideStage(
@@ -64,7 +64,7 @@ class DecideStage:
             measured=measured,
             priorities=priorities or {},
             has_labels=has_labels,
-            facts=facts,
+            facts_dtype=facts_dtype,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class DecideStage:
         is_kept = judged.blamed < 0
         kept = downloaded[is_kept]
         np.save(output.path("kept.npy"), kept.astype(np.int32))
-        facts = facts_of(rows.filter(pa.array(is_kept)), unit.params["index"], kept, self.priorities, self.facts)
+        facts = facts_of(rows.filter(pa.array(is_kept)), unit.params["index"], kept, self.priorities, self.facts_dtype)
         facts.tofile(output.path("facts.bin"))
         self._count(np.asarray(column_list(rows, "num_rows"), np.int64), judged, output)
         output.count("kept", len(kept))

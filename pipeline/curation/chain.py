@@ -32,7 +32,7 @@ def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
         image_rules(context.config.curate),
         measure(context, fetched),
         priorities=source_priorities(context.config),
-        facts=needed_facts(context.config),
+        facts_dtype=needed_facts(context.config),
         has_labels=has_labels(context.config),
     )
     decided = context.run_stage(replace(decide, name=context.name("decide")))
@@ -41,7 +41,7 @@ def curate(context: Context, fetched: Mapping[str, Marker]) -> Curated:
         units=tuple(DecidedUnit.of(index, fetched[name], decided[name]) for index, name in enumerate(fetched)),
         num_kept=num_kept,
         groups=Groups.of(num_kept),
-        facts=decide.facts,
+        facts_dtype=decide.facts_dtype,
     )
     for step in STEPS:
         if drops := step(context, curated):

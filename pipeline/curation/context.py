@@ -46,13 +46,13 @@ class Curated:
     """The fetch units in dataset order, and what was dropped of them so far.
 
     num_kept: rows of each unit that the rules kept, in unit order; the drops are not yet taken from it. groups: of
-    units, a function of `num_kept`, for stages whose units of work are larger. facts: the records in the units' facts.
+    units, a function of `num_kept`, for stages whose units of work are larger. facts_dtype: of the units' facts.
     """
 
     units: tuple[DecidedUnit, ...]
     num_kept: tuple[int, ...]
     groups: Groups
-    facts: np.dtype[Any]
+    facts_dtype: np.dtype[Any]
     drops: tuple[Drops, ...] = ()
     alternatives: "Alternatives | None" = None
 

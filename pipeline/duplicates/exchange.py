@@ -10,7 +10,7 @@ one record of each group.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,12 @@ def group_tasks(curated: Curated, pick: Callable[[DecidedUnit], WorkFile]) -> tu
 
 def facts_tasks(curated: Curated) -> tuple[Unit, ...]:
     """`group_tasks` whose params `read_facts` reads."""
-    tasks = group_tasks(curated, lambda unit: unit.facts)
-    for task in tasks:
+    tasks = []
+    for task in group_tasks(curated, lambda unit: unit.facts):
         num_rows = curated.num_kept[task.params["first_unit"] : task.params["end_unit"]]
-        task.params.update(facts=curated.facts, num_rows=num_rows)
-    return tasks
+        params = {**task.params, "num_rows": num_rows, "facts_dtype": curated.facts_dtype}
+        tasks.append(replace(task, params=params))
+    return tuple(tasks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,9 @@ class GroupStage:
 
 
 def read_facts(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) -> Records:
-    """[N] FACTS of a group's samples that the steps before have left. `task`: of `facts_tasks`."""
+    """[N] facts of a group's samples that the steps before have left. `task`: of `facts_tasks`."""
     store.prefetch([file.path for file in task["files"]])
-    facts, pieces = pieces_of(task["num_rows"], task["facts"])
+    facts, pieces = pieces_of(task["num_rows"], task["facts_dtype"])
     store.overlapped(lambda read: read[0].read_into(store, read[1]), list(zip(task["files"], pieces, strict=True)))
     is_living = living(store, facts["unit"], facts["row"], drops, task["group"])
     return facts if is_living.all() else facts.take(np.flatnonzero(is_living))

@@ -64,9 +64,9 @@ def ranks(facts: Records, prefer: Sequence[Preference]) -> NDArray[np.uint64]:
     rank = np.zeros(len(facts), np.uint64)
     for name in prefer:
         if name == "source":
-            value = (2**31 - facts["priority"].astype(np.int64)).astype(np.uint64)
+            value = (2**31 - facts["priority"]).astype(np.uint64)
         elif name == "caption":
-            value = np.uint64(2**32 - 1) - facts["num_chars"].astype(np.uint64)
+            value = np.uint64(2**32 - 1) - facts["num_chars"]
         else:
             continue
         rank = rank << np.uint64(32) | value
@@ -175,7 +175,7 @@ def write_keys(
     """
 
     def keys_of(some: Records) -> Records:
-        return make_keys(some, *criterion.keys(some), rank_of and rank_of(some))
+        return make_keys(some, *criterion.keys(some), rank_of(some) if rank_of else None)
 
     high, low = criterion.keys(facts)
     dropped, representatives = _find(low, lambda places: keys_of(facts.take(places)))
@@ -194,8 +194,8 @@ class KeysStage(GroupStage):
     """
 
     criterion: Criterion
-    prefer: tuple[Preference, ...]
-    has_ranks: bool
+    prefer: tuple[Preference, ...] | None
+    """None: all have the same rank"""
     partitions: int
     memory_bytes: int = 512 * 2**20
 
@@ -206,7 +206,7 @@ class KeysStage(GroupStage):
         output.count("without_key", len(facts) - int(has_key.sum()))
         if not has_key.all():
             facts = facts.take(np.flatnonzero(has_key))
-        rank_of = partial(ranks, prefer=self.prefer) if self.has_ranks else None
+        rank_of = None if self.prefer is None else partial(ranks, prefer=self.prefer)
         write_keys(output, facts, self.criterion, rank_of, self.partitions)
 
 
@@ -216,6 +216,7 @@ class KnownKeysStage:
 
     store: Store
     shards: tuple[Shard, ...]
+    facts_dtype: np.dtype[Any]
     criterion: Criterion
     partitions: int
     name: str
@@ -229,7 +230,7 @@ class KnownKeysStage:
         return known_tasks(self.shards)
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        facts = read_known(self.store, unit.params["paths"])
+        facts = read_known(self.store, unit.params["paths"], self.facts_dtype)
         facts = facts.take(np.flatnonzero(self.criterion.has_key(facts)))
         write_keys(output, facts, self.criterion, lambda some: np.zeros(len(some), np.uint64), self.partitions)
         output.count("rows", len(facts))
@@ -248,11 +249,11 @@ def known_tasks(shards: Iterable[Shard]) -> list[Unit]:
     return [Unit(id=f"{index:05}", params={"paths": tuple(paths)}) for index, paths in enumerate(tasks)]
 
 
-def read_known(store: Store, paths: Sequence[str]) -> Records:
-    """[N] FACTS of all samples of these shards' tables: unit KNOWN, and their places for rows."""
+def read_known(store: Store, paths: Sequence[str], dtype: np.dtype[Any]) -> Records:
+    """[N] facts of all samples of these shards' tables: unit KNOWN, and their places for rows."""
     priorities: Mapping[str, int] = {}
     tables = (read_table(store, path, COLUMNS, OPTIONAL_COLUMNS) for path in paths)  # one at a time
-    facts = [facts_of(table, int(KNOWN), range(table.num_rows), priorities) for table in tables]
+    facts = [facts_of(table, int(KNOWN), range(table.num_rows), priorities, dtype) for table in tables]
     found = np.concatenate(facts)
     found["row"] = np.arange(len(found))
     return found

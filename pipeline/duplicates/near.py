@@ -76,7 +76,13 @@ def drop_near(context: Context, curated: Curated) -> Drops | None:
     )
     sources = [keys]
     if context.known:
-        known = KnownKeysStage(store=context.store, shards=context.known, look=look, name=context.name("near-known"))
+        known = KnownKeysStage(
+            store=context.store,
+            shards=context.known,
+            facts_dtype=curated.facts_dtype,
+            look=look,
+            name=context.name("near-known"),
+        )
         sources.insert(0, context.run_stage(known))
     points, images = (tuple(path for s in sources for path in paths_of(s, f)) for f in ("points.bin", "keys.bin"))
     links = context.run_stage(
@@ -217,6 +223,7 @@ class KnownKeysStage:
 
     store: Store
     shards: tuple[Shard, ...]
+    facts_dtype: np.dtype[Any]
     look: Look
     name: str
     num_cpus: float = 1.0
@@ -229,7 +236,7 @@ class KnownKeysStage:
         return known_tasks(self.shards)
 
     def run(self, unit: Unit, output: UnitOutput) -> None:
-        facts = read_known(self.store, unit.params["paths"])
+        facts = read_known(self.store, unit.params["paths"], self.facts_dtype)
         write_looks(output, facts, np.zeros(len(facts), np.uint64), self.look)
 
 

@@ -12,6 +12,7 @@ from cluster.store import Store
 from pipeline.buckets import Records
 from pipeline.curation.context import Context, Curated
 from pipeline.duplicates.exchange import facts_tasks, of_units, read_facts
+from pipeline.duplicates.facts import needed_facts
 from pipeline.duplicates.keys import read_known
 from pipeline.models.stages import Embedded
 from pipeline.selection import Drops, Groups
@@ -52,10 +53,12 @@ def tasks_of(curated: Curated, embedded: Sequence[Embedded]) -> tuple[Unit, ...]
 def known_tasks_of(context: Context, embedded: Sequence[Embedded]) -> tuple[Unit, ...]:
     """Known shards with about as much together."""
     paths = [shard.parquet.path for shard in context.known]
-    return tuple(
-        Unit(id=f"known-{embedded[first].id}", params={"paths": paths[first:end], **_embeddings(embedded[first:end])})
-        for first, end in _pieces(embedded)
-    )
+    tasks = []
+    for first, end in _pieces(embedded):
+        of_task = embedded[first:end]
+        params = {"paths": paths[first:end], "facts_dtype": needed_facts(context.config), **_embeddings(of_task)}
+        tasks.append(Unit(id=f"known-{embedded[first].id}", params=params))
+    return tuple(tasks)
 
 
 def num_tasks(size_bytes: int) -> int:
@@ -75,10 +78,11 @@ def _embeddings(embedded: Sequence[Embedded]) -> dict[str, Any]:
 
 
 def read_vectors(store: Store, task: Mapping[str, Any], drops: Sequence[Drops]) -> tuple[Records, NDArray[np.float16]]:
-    """([N] FACTS, [N, D]) of a task's samples that have an embedding and that the steps before have left."""
+    """([N] facts, [N, D]) of a task's samples that have an embedding and that the steps before have left."""
     files: Sequence[Embedded] = task["embedded"]
     if "paths" in task:
-        facts, vectors = read_known(store, task["paths"]), np.concatenate([file.read(store)[1] for file in files])
+        facts = read_known(store, task["paths"], task["facts_dtype"])
+        vectors = np.concatenate([file.read(store)[1] for file in files])
     else:
         facts = read_facts(store, task, drops)
         parts = []

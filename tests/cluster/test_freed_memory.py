@@ -25,4 +25,4 @@ print(new, [faults_of_64_mib() for _ in range(2)][1])
 def test_freed_memory_is_used_again() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     new, kept = map(int, done.stdout.split())
-    assert kept < 100 < new
+    assert kept < new / 4

@@ -62,6 +62,15 @@ def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path, place: str) 
         open_run(str(tmp_path / place), "build", Small())
 
 
+def test_a_run_whose_files_between_stages_are_others_is_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    open_run(out, "build", Small(), 1)
+    assert open_run(out, "build", Small(), 1).resumed is True
+    assert open_run(out, "build", Small()).resumed is True
+    with pytest.raises(RequestError, match=r"was begun by another version of pairmill \(\d.*choose another output"):
+        open_run(out, "build", Small(), 2)
+
+
 def test_a_file_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("url,caption\n")
     with pytest.raises(RequestError, match=r"cannot be read as the folder of a run \(Not a directory\); choose"):

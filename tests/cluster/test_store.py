@@ -34,10 +34,11 @@ def test_a_buffer_is_filled_from_an_offset_or_it_is_said_that_the_object_ends(st
     buffer = bytearray(6)
     store.read_into("a/b.bin", memoryview(buffer), 4)
     assert bytes(buffer) == b"456789"
-    with pytest.raises(EOFError, match="has 10 bytes, needed are 11"):
+    with pytest.raises(EOFError, match="ends before byte 11"):
         store.read_into("a/b.bin", memoryview(buffer), 5)
     with pytest.raises(FileNotFoundError):
         store.read_into("a/absent.bin", memoryview(buffer))
+    store.read_into("a/b.bin", memoryview(bytearray()))
     store.prefetch(["a/b.bin", "a/absent.bin"])
     assert store.overlapped(store.read_bytes, ["a/b.bin"] * 9) == [b"0123456789"] * 9
 

@@ -188,7 +188,7 @@ def test_a_repair_draws_with_the_probabilities_of_the_build(words: Words, tmp_pa
         units=(DecidedUnit.of(0, fetched[first], decided[first]),),
         num_kept=(decided[first].counts["kept"],),
         groups=Groups(starts=(0, 1)),
-        facts=needed_facts(config),
+        facts_dtype=needed_facts(config),
     )
     drops = balance(Context(config=config, store=store, run_stage=run, generation=1), curated)
     assert drops is not None

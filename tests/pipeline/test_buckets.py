@@ -46,6 +46,13 @@ def test_every_bucket_is_read_as_it_was_written(tmp_path: Path, write: Callable[
     assert (read_records(store, "file.bin", 6, KIND) == records[numbers]).all()
 
 
+@pytest.mark.parametrize("num_buckets", [0, 3])
+def test_no_records_at_all(tmp_path: Path, num_buckets: int) -> None:
+    write_in_buckets(tmp_path / "file.bin", np.empty(0, KIND), np.empty(0, np.int64), num_buckets)
+    assert read_bucket_sizes(Store(str(tmp_path)), "file.bin", num_buckets).tolist() == [0] * num_buckets
+    assert len(read_records(Store(str(tmp_path)), "file.bin", num_buckets, KIND)) == 0
+
+
 def test_records_of_the_bucket_behind_the_last_are_left_out(tmp_path: Path) -> None:
     for num_buckets in (255, 256):  # the last number of eight bits, and the first of nine
         buckets = np.array([num_buckets, num_buckets - 1, 0])
