@@ -227,6 +227,17 @@ def test_what_an_earlier_dataset_has_is_not_fetched_again(
     assert [row["caption"] for row in samples_of(tmp_path / "new")] == ["a fresh one"]
 
 
+def test_a_build_that_knows_every_pair_says_that_nothing_is_kept(
+    dataset: Path, site: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = tmp_path / "known.csv"
+    known.write_text(f"url,caption\n{site.url}/image/n3,picture number 3\n")
+    settings = words(tmp_path / "new", f"input={known}", f"against={dataset}")
+    assert main(["build", *settings, "curate.dry_run=true"]) == 0
+    assert main(["build", *settings]) == 1
+    assert "no pair was kept, so there is no dataset to publish: in_earlier_dataset 1;" in capsys.readouterr().err
+
+
 def test_a_curation_against_a_larger_dataset_tells_of_a_pair_once(
     dataset: Path, site: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
