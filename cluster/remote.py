@@ -48,7 +48,7 @@ def call(url: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
             return function(*args, **kwargs)
         except (FileNotFoundError, FileExistsError):
             raise
-        except Exception as error:
+        except Exception as error:  # each store's library has errors of its own
             if _is_refused(error):
                 raise RunError(
                     f"{url}: access refused ({_said(error)}); check the store's credentials and endpoint in the "

@@ -44,7 +44,7 @@ def lease_decoders(number: int, config: ImageConfig) -> Iterator["Decoders"]:
     decoders = decoders or Decoders(number, config)
     try:
         yield decoders
-    except BaseException:
+    except BaseException:  # an interrupt as well: no process is left behind
         decoders.close()
         raise
     with _idle_lock:

@@ -65,13 +65,14 @@ def drop_same_bytes_and_caption(context: Context, curated: Curated) -> Drops | N
 def drop_same(context: Context, curated: Curated, criterion: Criterion, name: str, rule: str, reason: Reason) -> Drops:
     """The three stages of one criterion."""
     partitions = num_partitions(context.num_known + sum(curated.num_kept))
-    has_ranks = bool(preferences(context.config) or context.known)
+    prefer = preferences(context.config)
+    has_ranks = bool(prefer or context.known)
     stage = KeysStage(
         store=context.store,
         tasks=facts_tasks(curated),
         drops=curated.drops,
         criterion=criterion,
-        prefer=preferences(context.config) if has_ranks else None,
+        prefer=prefer if has_ranks else None,
         partitions=partitions,
         name=context.name(f"{name}-keys"),
     )

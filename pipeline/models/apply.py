@@ -52,7 +52,7 @@ class Applied:
             return self._call(images, captions)
         except (RunError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except Exception as error:  # a model may fail on one image, in any way: the others are tried without it
             if len(images) == 1:
                 logger.warning("model %s failed on an image: %s: %s", self.model.text, type(error).__name__, error)
                 return np.full((1, self.width), np.nan, np.float32)
@@ -68,7 +68,7 @@ class Applied:
             problem = "" if np.isfinite(values).all() else "it gives numbers that are none"
         except RunError:
             raise
-        except Exception as error:
+        except Exception as error:  # a model's code may raise anything
             problem = f"{type(error).__name__}: {error}"
         if problem:
             raise RunError(

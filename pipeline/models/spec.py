@@ -118,7 +118,7 @@ class Model:
             return _load(self.target, self.parameters, self.fingerprint, threads)
         except RunError as error:
             raise RunError(f"{self.key}={self.text}: {error}") from error
-        except Exception as error:
+        except Exception as error:  # a model's code may raise anything
             raise RunError(f"{self.key}={self.text}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -55,7 +55,7 @@ class UserRule(Rule):
             raise RunError(f"{KEY}: {self.use} reads the column {missing[0]}, which the rows do not have")
         try:
             return _checked(_instance(self.use, self.parameters), rows.select(list(self.columns)))
-        except Exception as error:
+        except Exception as error:  # a user's code may raise anything
             raise RunError(f"{KEY}: {self.use}: {type(error).__name__}: {error}") from error
 
 

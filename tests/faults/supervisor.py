@@ -85,7 +85,7 @@ def _child(work: Callable[[Path], int], folder: Path, watcher: int) -> int:
         status = work(folder)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    except BaseException:
+    except BaseException:  # it is said, whatever it is
         traceback.print_exc()
     finally:
         if os.getppid() != watcher:  # nobody else is left to do it
